@@ -1,0 +1,7 @@
+//! Tasks: a small executor for one thread, and the one way in which tasks wait for one another across threads.
+
+mod executor;
+mod wait;
+
+pub use executor::{Executor, Unpark, spawn};
+pub use wait::WaitQueue;
