@@ -2,7 +2,6 @@
 //!
 //! - [`units`], [`buffer`], [`extent`], [`error`]: the words that everything else is written in.
 //! - [`storage`], [`runtime`]: what lies beneath: files, time, chance, tasks; real or simulated.
-//! - [`raw`], [`qcow2`]: one image each; [`layer`]: an image as one layer of a stack.
 //!
 //! The library knows no socket, no virtqueue and no guest memory. docs/ARCHITECTURE.md shows how the parts fit together.
 
