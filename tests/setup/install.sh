@@ -1,0 +1,168 @@
+#!/bin/bash
+# Installs what building, testing and the demo need on Debian 12 or 13, and nothing else.
+#
+# Safe to run at any time: it compares what is there with what is needed, returns at once when nothing is missing, and otherwise says what
+# it installs before it does so. Runs as root, or as a user who may use sudo.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+target=${CARGO_TARGET_DIR:-$root/target}
+venv=$target/venv
+
+# The oldest toolchain the workspace builds with (the edition decides).
+rust_minimum=1.85
+
+# QEMU's programs must come from one suite: each package refuses to live beside another version of its siblings. Debian 12's own QEMU (7.2) is
+# older than the tests want, so there they come from its backports.
+qemu_packages=(qemu-system-x86 qemu-utils)
+# What drives the build, makes the guest, and looks into images.
+packages=(
+	gcc libc6-dev pkg-config make ca-certificates # cargo's linker, static glibc for the guest's agent
+	mmdebstrap e2fsprogs cpio zstd xz-utils       # the guest's file systems
+	fio busybox-static jq                         # load generator; the guest's shell; JSON in scripts
+	python3 python3-venv python3-pip              # a stock QMP client
+	procps
+)
+python_packages=(qemu.qmp==0.0.6)
+
+name=install
+# shellcheck source=tests/setup/debian.sh
+. "$root/tests/setup/debian.sh"
+
+as_root() {
+	if [ "$(id -u)" -eq 0 ]; then
+		"$@"
+	elif command -v sudo >/dev/null; then
+		sudo -- "$@"
+	else
+		fail "'$*' needs root; run this script as root, or install sudo"
+	fi
+}
+
+# Runs apt-get without questions. What it says goes to a file, and is shown only if it fails.
+apt() {
+	mkdir -p "$target"
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o Acquire::Retries=3 "$@" \
+		>"$target/install.log" 2>&1 </dev/null || {
+		tail -n 30 "$target/install.log" >&2
+		fail "apt-get $* failed (the whole output: $target/install.log)"
+	}
+}
+
+# Prints "package version" for each named package that is installed.
+installed() {
+	{ dpkg-query -W -f='${db:Status-Abbrev} ${Package} ${Version}\n' "$@" 2>/dev/null || true; } | awk '$1 == "ii" { print $2, $3 }'
+}
+
+# Prints each named package that is not installed.
+missing() {
+	local have
+	have=" $(installed "$@" | awk '{ print $1 }' | tr '\n' ' ')"
+	for package; do
+		case $have in *" $package "*) ;; *) printf '%s\n' "$package" ;; esac
+	done
+}
+
+updated=
+update_lists() {
+	[ -n "$updated" ] && return
+	say "refreshing the package lists"
+	apt update
+	updated=yes
+}
+
+enable_backports() {
+	local codename=$1 suite=$1-backports uri
+	local key=/usr/share/keyrings/debian-archive-keyring.gpg
+	update_lists
+	if [ -n "$(mirror "$suite")" ]; then
+		say "$suite is among the package sources already"
+	else
+		uri=$(mirror "$codename")
+		[ -n "$uri" ] || fail "no package source for Debian $codename found; add one and $suite, then run this again"
+		say "adding the package source $suite (for QEMU only) from this machine's Debian mirror"
+		{
+			printf '# QEMU for the snapfence tests. Other packages stay with %s: backports are never chosen unless asked for.\n' "$codename"
+			printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\n' "$uri" "$suite"
+			! [ -e "$key" ] || printf 'Signed-By: %s\n' "$key"
+		} | as_root tee "/etc/apt/sources.list.d/snapfence-$suite.sources" >/dev/null
+		updated=
+		update_lists
+	fi
+	if ! [ -e "/etc/apt/preferences.d/snapfence-$suite" ]; then
+		as_root tee "/etc/apt/preferences.d/snapfence-$suite" >/dev/null <<-PIN
+			Package: qemu-system-x86 qemu-system-common qemu-system-data qemu-utils qemu-block-extra
+			Pin: release n=$suite
+			Pin-Priority: 990
+		PIN
+	fi
+}
+
+install_debian_packages() {
+	local codename=$1 wanted qemu versions
+	mapfile -t wanted < <(missing "${packages[@]}")
+	mapfile -t qemu < <(missing "${qemu_packages[@]}")
+	versions=$(installed "${qemu_packages[@]}" | awk '{ print $2 }' | sort -u | wc -l)
+	if [ "$codename" = bookworm ] && installed "${qemu_packages[@]}" | grep -q ' 1:7\.'; then
+		say "QEMU here is Debian 12's own; taking the newer one from its backports"
+		qemu=("${qemu_packages[@]}")
+	elif [ "$versions" -gt 1 ]; then
+		say "QEMU's packages here are of different versions; bringing them together"
+		qemu=("${qemu_packages[@]}")
+	fi
+	if [ ${#qemu[@]} -gt 0 ]; then
+		if [ "$codename" = bookworm ]; then enable_backports "$codename"; else update_lists; fi
+		# All of them, also those present, so that none keeps another version.
+		say "installing ${qemu_packages[*]}"
+		if [ "$codename" = bookworm ]; then
+			apt install --no-install-recommends -y -t "$codename-backports" "${qemu_packages[@]}"
+		else
+			apt install --no-install-recommends -y "${qemu_packages[@]}"
+		fi
+	fi
+	if [ ${#wanted[@]} -gt 0 ]; then
+		update_lists
+		say "installing ${wanted[*]}"
+		apt install --no-install-recommends -y "${wanted[@]}"
+	fi
+}
+
+install_rust() {
+	local found
+	if command -v cargo >/dev/null; then
+		found=$(rustc --version | awk '{ print $2 }')
+		[ "$(printf '%s\n' "$rust_minimum" "$found" | sort -V | head -n 1)" = "$rust_minimum" ] ||
+			fail "Rust $found is too old, $rust_minimum is needed; update it (for example: rustup update)"
+		cargo fmt --version >/dev/null 2>&1 || fail "cargo fmt is missing; install it (for example: rustup component add rustfmt)"
+		cargo clippy --version >/dev/null 2>&1 || fail "cargo clippy is missing; install it (for example: rustup component add clippy)"
+		return
+	fi
+	update_lists
+	local candidates=(cargo rustc rustfmt rust-clippy)
+	[ "$1" != bookworm ] || candidates=(cargo-web rustc-web rustfmt-web rust-clippy-web)
+	apt-cache show "${candidates[@]}" >/dev/null 2>&1 ||
+		fail "no Rust toolchain found; install Rust $rust_minimum or newer with rustfmt and clippy"
+	say "installing ${candidates[*]}"
+	apt install --no-install-recommends -y "${candidates[@]}"
+}
+
+install_python_packages() {
+	local stamp=$venv/installed
+	[ "$(cat "$stamp" 2>/dev/null)" = "${python_packages[*]}" ] && return
+	say "installing ${python_packages[*]} into ${venv#"$root"/}"
+	rm -rf "$venv"
+	mkdir -p "$target"
+	/usr/bin/python3 -m venv "$venv"
+	"$venv/bin/pip" install --quiet --disable-pip-version-check "${python_packages[@]}"
+	printf '%s' "${python_packages[*]}" >"$stamp"
+}
+
+[ -r /etc/os-release ] || fail "this machine does not say what it runs (/etc/os-release is missing); Debian 12 or 13 is needed"
+# shellcheck source=/dev/null
+. /etc/os-release
+[ "${ID:-}" = debian ] || fail "this is ${PRETTY_NAME:-not Debian}; the script knows Debian 12 and 13 only. Needed: ${qemu_packages[*]} ${packages[*]}"
+[ "$(dpkg --print-architecture)" = amd64 ] || fail "the guest tests need an amd64 machine"
+
+install_debian_packages "$VERSION_CODENAME"
+install_rust "$VERSION_CODENAME"
+install_python_packages
