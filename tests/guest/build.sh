@@ -23,7 +23,7 @@ root) with_root_disk=yes ;;
 esac
 
 # The drivers the guest is to have; those they need in turn are found.
-drivers=(virtio_pci virtio_blk virtio_console virtio-rng)
+drivers=(virtio_pci virtio_blk virtio_console)
 # The programs of this machine that the initramfs gets beside busybox.
 programs=(fio mkfs.ext4 e2fsck dumpe2fs blkdiscard)
 # What the Debian on root.raw has beside the essential packages.
@@ -102,7 +102,7 @@ build_kernel() {
 
 # Cargo knows by itself whether there is anything to do. The target is named, so that the flags do not reach build scripts.
 build_agent() {
-	(cd "$root" && RUSTFLAGS='-C target-feature=+crt-static' cargo build --quiet --locked --package snapfence-guest-agent --target x86_64-unknown-linux-gnu)
+	(cd "$root" && RUSTFLAGS='-C target-feature=+crt-static' cargo build --quiet --package snapfence-guest-agent --target x86_64-unknown-linux-gnu)
 	agent=$target/x86_64-unknown-linux-gnu/debug/snapfence-guest-agent
 }
 
@@ -119,8 +119,9 @@ build_initramfs() {
 	ln -s ../sbin "$tree/usr/sbin"
 	strip -o "$tree/init" "$agent"
 	cp -r "$out/kernel/modules" "$tree/modules"
+	for program in $(busybox --list); do ln -s busybox "$tree/bin/$program"; done
+	rm -f "$tree/bin/busybox"
 	cp "$(command -v busybox)" "$tree/bin/busybox"
-	for program in $("$tree/bin/busybox" --list); do ln -sf /bin/busybox "$tree/bin/$program"; done
 	for program in "${files[@]}"; do
 		rm -f "$tree/bin/${program##*/}"
 		cp -L "$program" "$tree/bin/"

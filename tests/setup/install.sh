@@ -9,8 +9,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 venv=$target/venv
 
-# The oldest toolchain the workspace builds with (the edition decides).
-rust_minimum=1.85
+# The oldest toolchain the workspace builds with.
+rust_minimum=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
 
 # QEMU's programs must come from one suite: each package refuses to live beside another version of its siblings. Debian 12's own QEMU (7.2) is
 # older than the tests want, so there they come from its backports.
@@ -127,23 +127,26 @@ install_debian_packages() {
 	fi
 }
 
+# Whether version `$1` is at least version `$2`.
+at_least() { [ "$(printf '%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
+
+# A toolchain that is there stays as it is. Else Debian's: the one it keeps current for its browsers, or its own where that is new enough.
 install_rust() {
-	local found
-	if command -v cargo >/dev/null; then
+	local found suffix
+	if command -v cargo >/dev/null && command -v rustc >/dev/null; then
 		found=$(rustc --version | awk '{ print $2 }')
-		[ "$(printf '%s\n' "$rust_minimum" "$found" | sort -V | head -n 1)" = "$rust_minimum" ] ||
-			fail "Rust $found is too old, $rust_minimum is needed; update it (for example: rustup update)"
-		cargo fmt --version >/dev/null 2>&1 || fail "cargo fmt is missing; install it (for example: rustup component add rustfmt)"
-		cargo clippy --version >/dev/null 2>&1 || fail "cargo clippy is missing; install it (for example: rustup component add clippy)"
+		at_least "$found" "$rust_minimum" || fail "Rust $found is too old, $rust_minimum is needed; update it (for example: rustup update)"
 		return
 	fi
 	update_lists
-	local candidates=(cargo rustc rustfmt rust-clippy)
-	[ "$1" != bookworm ] || candidates=(cargo-web rustc-web rustfmt-web rust-clippy-web)
-	apt-cache show "${candidates[@]}" >/dev/null 2>&1 ||
-		fail "no Rust toolchain found; install Rust $rust_minimum or newer with rustfmt and clippy"
-	say "installing ${candidates[*]}"
-	apt install --no-install-recommends -y "${candidates[@]}"
+	for suffix in -web ''; do
+		found=$(apt-cache policy "rustc$suffix" | awk '$1 == "Candidate:" { print $2 }')
+		if [ -z "$found" ] || ! at_least "$found" "$rust_minimum"; then continue; fi
+		say "installing Rust (cargo$suffix rustc$suffix rustfmt$suffix)"
+		apt install --no-install-recommends -y "cargo$suffix" "rustc$suffix" "rustfmt$suffix"
+		return
+	done
+	fail "no Rust toolchain found, and Debian has none new enough; install Rust $rust_minimum or newer with rustfmt and clippy"
 }
 
 install_python_packages() {
@@ -164,5 +167,5 @@ install_python_packages() {
 [ "$(dpkg --print-architecture)" = amd64 ] || fail "the guest tests need an amd64 machine"
 
 install_debian_packages "$VERSION_CODENAME"
-install_rust "$VERSION_CODENAME"
+install_rust
 install_python_packages

@@ -1,0 +1,51 @@
+# make demo    a guest boots from snapfence stacks and is snapshotted live; ends with a table and a plot
+# make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests
+# make build   the programs, optimised
+# make guest   the guest that the tests and the demo boot
+# make install what this machine lacks for the above, from Debian's packages
+# make fmt, make lint, make clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+MAKEFLAGS += --no-print-directory
+.PHONY: demo test build guest install fmt fmt-check lint doc clean
+
+# The folder that cargo builds into; the scripts use the same.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+DEMO_ARGUMENTS ?=
+
+demo: install
+	@cargo build --release --workspace --bins
+	@tests/guest/build.sh root
+	@$(TARGET)/release/snapfence-demo --output $(TARGET)/demo $(DEMO_ARGUMENTS)
+
+test: install fmt-check lint doc
+	@cargo build --workspace --bins
+	@tests/guest/build.sh root
+	@tests/run.sh
+
+build: install
+	@cargo build --release --workspace --bins
+
+guest: install
+	@tests/guest/build.sh root
+
+install:
+	@tests/setup/install.sh
+
+fmt:
+	@cargo fmt --all
+
+fmt-check:
+	@cargo fmt --all --check
+
+lint:
+	@cargo clippy --version >/dev/null 2>&1 || { echo 'lint: cargo clippy is missing; install it (for example: rustup component add clippy)' >&2; exit 1; }
+	@cargo clippy --workspace --all-targets -- -D warnings
+
+doc:
+	@RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items --quiet
+
+clean:
+	@cargo clean
