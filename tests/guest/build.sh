@@ -27,7 +27,7 @@ drivers=(virtio_pci virtio_blk virtio_console)
 # The programs of this machine that the initramfs gets beside busybox.
 programs=(fio mkfs.ext4 e2fsck dumpe2fs blkdiscard)
 # What the Debian on root.raw has beside the essential packages.
-root_packages=(busybox-static e2fsprogs util-linux)
+root_packages=(busybox-static e2fsprogs mount util-linux)
 root_mib=512
 
 for tool in busybox cpio mmdebstrap mke2fs xz strip "${programs[@]}"; do

@@ -74,14 +74,18 @@ pub fn create_overlay(path: &Path, backing: &Path, backing_format: &str) -> Resu
     Ok(())
 }
 
-/// Copies what a guest would see of an image, which may be in use, into a raw file.
+/// Copies a range of what a guest would see of an image, which may be in use, into a raw file.
 ///
 /// # Errors
 ///
 /// If qemu-img fails.
-pub fn convert_to_raw(image: &Path, format: &str, to: &Path) -> Result<()> {
-    let options = ["convert", "-U", "-f", format, "-O", "raw"].map(OsStr::new);
-    qemu_img(options.into_iter().chain([image.as_os_str(), to.as_os_str()]))?;
+pub fn extract_range(image: &Path, format: &str, offset: u64, bytes: u64, to: &Path) -> Result<()> {
+    let options = serde_json::json!({
+        "driver": "raw", "offset": offset, "size": bytes,
+        "file": { "driver": format, "file": { "driver": "file", "filename": image.to_str().context("the path is not UTF-8")? } },
+    });
+    let source = format!("json:{options}");
+    qemu_img([OsStr::new("convert"), "-U".as_ref(), "-O".as_ref(), "raw".as_ref(), source.as_ref(), to.as_ref()])?;
     Ok(())
 }
 
@@ -91,13 +95,8 @@ pub fn convert_to_raw(image: &Path, format: &str, to: &Path) -> Result<()> {
 ///
 /// If qemu-img fails.
 pub fn read_range(image: &Path, format: &str, offset: u64, bytes: u64) -> Result<Vec<u8>> {
-    let options = serde_json::json!({
-        "driver": "raw", "offset": offset, "size": bytes,
-        "file": { "driver": format, "file": { "driver": "file", "filename": image.to_str().context("the path is not UTF-8")? } },
-    });
     let to = tempfile::NamedTempFile::new()?;
-    let source = format!("json:{options}");
-    qemu_img([OsStr::new("convert"), "-U".as_ref(), "-O".as_ref(), "raw".as_ref(), source.as_ref(), to.path().as_ref()])?;
+    extract_range(image, format, offset, bytes, to.path())?;
     Ok(std::fs::read(to.path())?)
 }
 
@@ -164,20 +163,37 @@ pub fn layers(image: &Path, format: &str) -> Result<Vec<Layer>> {
 
 /// Replays the journal of the ext4 file system at the start of the raw file `image`, and then checks it without changing anything.
 ///
-/// The file is changed by the replay: give it a copy. A file system cut while it was mounted needs the replay, like after a power cut; after it,
-/// nothing may be left to repair.
+/// The file is changed by the replay: give it a copy. A file system cut while it was mounted needs the replay, as after a power cut, and may have
+/// files to finish deleting; after that, nothing may be left to repair.
 ///
 /// # Errors
 ///
 /// If the check finds anything at all; the error holds what e2fsck said.
 pub fn check_ext4(image: &Path) -> Result<()> {
-    let (replay, line) = run_any("e2fsck", [OsStr::new("-E"), "journal_only".as_ref(), "-y".as_ref(), image.as_ref()])?;
-    // Bit 0: the replay changed something.
+    // Preening replays and deletes, and refuses to repair anything that is wrong.
+    let (replay, line) = run_any("e2fsck", [OsStr::new("-p"), image.as_ref()])?;
+    // 1: it has changed something.
     if !matches!(replay.status.code(), Some(0 | 1)) {
-        bail!("`{line}` failed ({}): {}", replay.status, String::from_utf8_lossy(&replay.stdout).trim());
+        let said = [replay.stdout, replay.stderr].concat();
+        bail!("`{line}` failed ({}): {}", replay.status, String::from_utf8_lossy(&said).trim());
     }
     run("e2fsck", [OsStr::new("-f"), "-n".as_ref(), image.as_ref()])?;
     Ok(())
+}
+
+/// Copies a file out of the ext4 file system in the raw file `image`.
+///
+/// # Errors
+///
+/// If there is no such file.
+pub fn read_from_ext4(image: &Path, path: &str) -> Result<Vec<u8>> {
+    let (output, line) = run_any("debugfs", [OsStr::new("-R"), format!("cat {path}").as_ref(), image.as_ref()])?;
+    // Its status is 0 whatever happens. Its version is the one thing it always says.
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if let Some(error) = errors.lines().find(|line| !line.starts_with("debugfs ")) {
+        bail!("`{line}`: {error}");
+    }
+    Ok(output.stdout)
 }
 
 #[cfg(test)]

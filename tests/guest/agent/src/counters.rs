@@ -72,7 +72,15 @@ impl Writers {
         Ok(Self { shared, threads, started: Instant::now() })
     }
 
-    /// The totals, and the slowest request since the last call.
+    /// The totals for a report; the next report's slowest request is counted from here.
+    pub(crate) fn report(&self) -> Progress {
+        let progress = self.progress();
+        // A request that ends between the two lines is in neither report, but still in the slowest ever.
+        self.shared.slowest_us.store(0, Ordering::Relaxed);
+        progress
+    }
+
+    /// The totals.
     pub(crate) fn progress(&self) -> Progress {
         let shared = &self.shared;
         Progress {
@@ -81,7 +89,7 @@ impl Writers {
             writes: shared.writes.load(Ordering::Relaxed),
             reads: shared.reads.load(Ordering::Relaxed),
             flushes: shared.flushes.load(Ordering::Relaxed),
-            slowest_us: shared.slowest_us.swap(0, Ordering::Relaxed),
+            slowest_us: shared.slowest_us.load(Ordering::Relaxed),
             slowest_ever_us: shared.slowest_ever_us.load(Ordering::Relaxed),
             errors: shared.errors.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }

@@ -115,7 +115,7 @@ pub struct Progress {
     pub reads: u64,
     /// Flushes done.
     pub flushes: u64,
-    /// Longest request since the last report, in microseconds.
+    /// Longest request since the last [`Message::Progress`], in microseconds.
     pub slowest_us: u64,
     /// Longest request since the start, in microseconds.
     pub slowest_ever_us: u64,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use rustix::system::RebootCommand;
-use snapfence_guest_agent::protocol::{Answer, Command, Message, PORT, Progress, Request};
+use snapfence_guest_agent::protocol::{Answer, Command, Counters, Message, PORT, Progress, Request};
 
 use crate::counters::Writers;
 
@@ -69,7 +69,7 @@ impl Agent {
         self.send(&Message::Reply { id, result: result.map_err(|error| format!("{error:#}")) });
     }
 
-    fn start(self: &Arc<Self>, plan: snapfence_guest_agent::protocol::Counters) -> Result<Answer> {
+    fn start(self: &Arc<Self>, plan: Counters) -> Result<Answer> {
         let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
         if writers.is_some() {
             bail!("the counters are running");
@@ -89,11 +89,11 @@ impl Agent {
     }
 
     fn progress(&self) -> Result<Answer> {
-        Ok(Answer::Progress(self.interval().context("the counters are not running")?))
+        Ok(Answer::Progress(self.look(Writers::progress).context("the counters are not running")?))
     }
 
-    fn interval(&self) -> Option<Progress> {
-        self.writers.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Writers::progress)
+    fn look(&self, how: impl FnOnce(&Writers) -> Progress) -> Option<Progress> {
+        self.writers.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(how)
     }
 
     /// Reports until the counters are stopped.
@@ -102,7 +102,7 @@ impl Agent {
         loop {
             std::thread::sleep(next.saturating_duration_since(Instant::now()));
             next += every;
-            match self.interval() {
+            match self.look(Writers::report) {
                 Some(progress) => self.send(&Message::Progress(progress)),
                 None => return,
             }
