@@ -21,7 +21,7 @@ packages=(
 	mmdebstrap e2fsprogs cpio zstd xz-utils       # the guest's file systems
 	fio busybox-static jq                         # load generator; the guest's shell; JSON in scripts
 	python3 python3-venv python3-pip              # a stock QMP client
-	procps
+	mount procps
 )
 python_packages=(qemu.qmp==0.0.6)
 

@@ -135,8 +135,9 @@ impl Backend {
                 Driver::Snapfenced
             }
             Kind::QemuStorageDaemon => {
-                process.wait_until("control socket", START_DEADLINE, |_| UnixStream::connect(&control).is_ok())?;
-                let qmp = Qmp::connect(&control)?;
+                let own = own_monitor(&control);
+                process.wait_until("control socket", START_DEADLINE, |_| UnixStream::connect(&own).is_ok())?;
+                let qmp = Qmp::connect(&own)?;
                 let tops = devices.iter().map(|device| Top { node: device.name.clone(), image: device.image.clone() }).collect();
                 Driver::QemuStorageDaemon { qmp, tops }
             }
@@ -284,12 +285,19 @@ fn command(kind: Kind, folder: &Path, control: &Path, devices: &[Device]) -> Res
                 });
                 command.arg("--blockdev").arg(node.to_string()).arg("--export").arg(export.to_string());
             }
-            let path = control.to_str().context("the path is not UTF-8")?.replace(',', ",,");
-            command.arg("--chardev").arg(format!("socket,id=control,path={path},server=on,wait=off"));
-            command.arg("--monitor").arg("chardev=control");
+            for (id, path) in [("control", control), ("own", &own_monitor(control))] {
+                let path = path.to_str().context("the path is not UTF-8")?.replace(',', ",,");
+                command.arg("--chardev").arg(format!("socket,id={id},path={path},server=on,wait=off"));
+                command.arg("--monitor").arg(format!("chardev={id}"));
+            }
             Ok(command)
         }
     }
+}
+
+/// Where [`Backend`] speaks to qemu-storage-daemon. A monitor of QEMU's serves one client at a time, so the control socket stays free for others.
+fn own_monitor(control: &Path) -> PathBuf {
+    control.with_extension("own.sock")
 }
 
 /// A program of this workspace, built beside the one that runs now.
