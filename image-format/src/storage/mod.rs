@@ -6,6 +6,15 @@
 //!
 //! Futures are polled on the thread that made them and need not be `Send`; the objects themselves are shared between threads.
 
+mod chance;
+mod memory;
+mod names;
+mod sharing;
+mod sparse;
+
+pub use chance::Chance;
+pub use memory::{MemoryEnvironment, MemoryFile};
+
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,228 @@
+//! The bytes of a file in memory, holes included.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::buffer::Buffer;
+
+/// What space is given out in.
+const PAGE: u64 = 4096;
+const PAGE_LEN: usize = 4096;
+
+/// The longest file, as Linux has it.
+const MAX_LEN: u64 = i64::MAX as u64;
+
+/// The most space to be had at once: every page of it costs memory.
+const MAX_ALLOCATION: u64 = 64 << 30;
+
+/// Bytes with holes. Cloning shares the pages until one side writes, so that copies of a whole disk are cheap.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SparseBytes {
+    /// Pages that have space, by number. `None` has space and reads as zeros. Bytes past `len` are zero.
+    pages: BTreeMap<u64, Option<Arc<[u8; PAGE_LEN]>>>,
+    len: u64,
+}
+
+impl SparseBytes {
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Bytes that have space.
+    pub(super) fn allocated(&self) -> u64 {
+        self.pages.len() as u64 * PAGE
+    }
+
+    /// Fills the whole buffer from `at` on, with zeros past the end.
+    pub(super) fn read(&self, at: u64, into: &mut Buffer) -> io::Result<()> {
+        let range = checked_range(at, into.len())?;
+        for (number, within, done) in pieces(range) {
+            match self.pages.get(&number) {
+                Some(Some(page)) => into.copy_in(done, &page[within]),
+                Some(None) | None => into.fill_zero(done..done + within.len()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the whole buffer at `at`.
+    pub(super) fn write(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
+        let range = checked_range(at, from.len())?;
+        for (number, within, done) in pieces(range.clone()) {
+            from.copy_out(done, &mut self.page_mut(number)[within]);
+        }
+        if !range.is_empty() {
+            self.len = self.len.max(range.end);
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` at `at`.
+    pub(super) fn write_bytes(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let range = checked_range(at, bytes.len())?;
+        for (number, within, done) in pieces(range.clone()) {
+            let len = within.len();
+            self.page_mut(number)[within].copy_from_slice(&bytes[done..done + len]);
+        }
+        if !range.is_empty() {
+            self.len = self.len.max(range.end);
+        }
+        Ok(())
+    }
+
+    /// Gives space to every page of the range that has none, growing the file to its end.
+    pub(super) fn allocate(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let end = at.checked_add(len).filter(|end| *end <= MAX_LEN).ok_or_else(too_big)?;
+        if len == 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if len > MAX_ALLOCATION {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        for number in at / PAGE..end.div_ceil(PAGE) {
+            self.pages.entry(number).or_insert(None);
+        }
+        self.len = self.len.max(end);
+        Ok(())
+    }
+
+    /// Zeros the range and takes the space of its whole pages away. The length stays.
+    pub(super) fn punch(&mut self, at: u64, len: u64) -> io::Result<()> {
+        let end = at.checked_add(len).filter(|end| *end <= MAX_LEN).ok_or_else(too_big)?;
+        if len == 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.zero(at, end);
+        Ok(())
+    }
+
+    /// Cuts off or grows with a hole.
+    pub(super) fn set_len(&mut self, len: u64) -> io::Result<()> {
+        if len > MAX_LEN {
+            return Err(too_big());
+        }
+        if len < self.len {
+            self.zero(len, self.len.next_multiple_of(PAGE));
+        }
+        self.len = len;
+        Ok(())
+    }
+
+    /// The runs of bytes before the end that have space, in order: all others are zero.
+    pub(super) fn allocated_ranges(&self) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for number in self.pages.keys() {
+            let (start, end) = (number * PAGE, ((number + 1) * PAGE).min(self.len));
+            match ranges.last_mut() {
+                _ if start >= end => break,
+                Some(last) if last.end == start => last.end = end,
+                _ => ranges.push(start..end),
+            }
+        }
+        ranges
+    }
+
+    /// All bytes of `range` as a vector.
+    pub(super) fn to_vec(&self, range: Range<u64>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (number, within, _) in pieces(range) {
+            match self.pages.get(&number) {
+                Some(Some(page)) => bytes.extend_from_slice(&page[within]),
+                Some(None) | None => bytes.resize(bytes.len() + within.len(), 0),
+            }
+        }
+        bytes
+    }
+
+    fn zero(&mut self, start: u64, end: u64) {
+        let touched: Vec<u64> = self.pages.range(start / PAGE..end.div_ceil(PAGE)).map(|(number, _)| *number).collect();
+        for number in touched {
+            let from = start.saturating_sub(number * PAGE).min(PAGE) as usize;
+            let to = (end - number * PAGE).min(PAGE) as usize;
+            if (from, to) == (0, PAGE_LEN) {
+                self.pages.remove(&number);
+            } else if let Some(Some(page)) = self.pages.get_mut(&number) {
+                Arc::make_mut(page)[from..to].fill(0);
+            }
+        }
+    }
+
+    fn page_mut(&mut self, number: u64) -> &mut [u8; PAGE_LEN] {
+        Arc::make_mut(self.pages.entry(number).or_default().get_or_insert_with(|| Arc::new([0; PAGE_LEN])))
+    }
+}
+
+/// The parts of `range` on each page: page number, bytes within it, position of the part in the range.
+fn pieces(range: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>, usize)> {
+    let mut next = range.start;
+    std::iter::from_fn(move || {
+        if next >= range.end {
+            return None;
+        }
+        let (number, done) = (next / PAGE, (next - range.start) as usize);
+        let end = ((number + 1) * PAGE).min(range.end);
+        let within = (next - number * PAGE) as usize..(end - number * PAGE) as usize;
+        next = end;
+        Some((number, within, done))
+    })
+}
+
+fn checked_range(at: u64, len: usize) -> io::Result<Range<u64>> {
+    let end = at.checked_add(len as u64).filter(|end| *end <= MAX_LEN).ok_or_else(too_big)?;
+    Ok(at..end)
+}
+
+fn too_big() -> io::Error {
+    io::Error::from_raw_os_error(libc::EFBIG)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::AlignedBuffer;
+
+    #[test]
+    fn cutting_off_and_growing_again_gives_zeros() {
+        let mut bytes = SparseBytes::default();
+        bytes.write_bytes(100, &[7; 10_000]).unwrap();
+        bytes.set_len(5000).unwrap();
+        bytes.set_len(20_000).unwrap();
+        let all = bytes.to_vec(0..20_000);
+        assert!(all[100..5000].iter().all(|byte| *byte == 7));
+        assert!(all[5000..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn punching_frees_whole_pages_and_zeros_the_rest() {
+        let mut bytes = SparseBytes::default();
+        bytes.write_bytes(0, &[7; 4 * PAGE_LEN]).unwrap();
+        bytes.punch(PAGE / 2, 2 * PAGE).unwrap();
+        assert_eq!(bytes.allocated(), 3 * PAGE);
+        let all = bytes.to_vec(0..4 * PAGE);
+        assert_eq!(all.iter().filter(|byte| **byte == 0).count(), 2 * PAGE_LEN);
+        assert_eq!((all[PAGE_LEN / 2 - 1], all[PAGE_LEN / 2], all[5 * PAGE_LEN / 2]), (7, 0, 7));
+        bytes.punch(0, 1 << 40).unwrap();
+        assert_eq!((bytes.allocated(), bytes.len()), (0, 4 * PAGE));
+    }
+
+    #[test]
+    fn a_clone_keeps_what_it_had() {
+        let mut bytes = SparseBytes::default();
+        bytes.write_bytes(0, &[1; 512]).unwrap();
+        let before = bytes.clone();
+        bytes.write_bytes(0, &[2; 512]).unwrap();
+        assert_eq!(before.to_vec(0..1), [1]);
+    }
+
+    #[test]
+    fn positions_past_the_longest_file_are_refused() {
+        let mut bytes = SparseBytes::default();
+        let mut buffer = Buffer::Owned(AlignedBuffer::zeroed(512));
+        assert_eq!(bytes.write(MAX_LEN - 10, &buffer).unwrap_err().raw_os_error(), Some(libc::EFBIG));
+        assert!(bytes.read(u64::MAX - 10, &mut buffer).is_err());
+        assert!(bytes.allocate(u64::MAX, 2).is_err());
+        assert_eq!(bytes.len(), 0);
+    }
+}
