@@ -11,6 +11,7 @@ mod memory;
 mod names;
 mod sharing;
 mod sparse;
+pub mod uring;
 
 pub use chance::Chance;
 pub use memory::{MemoryEnvironment, MemoryFile};

@@ -1,0 +1,21 @@
+//! Storage over io_uring.
+//!
+//! Each thread that does I/O has a [`Reactor`]: one ring, one executor, one place to wait. [`UringFile`] and [`UringEnvironment`] find the
+//! reactor of the thread that they are called on, so files are shared freely between threads while rings never are.
+//!
+//! - `probe`: what the kernel offers, and a ring that makes use of it.
+//! - `operation`: what one operation keeps alive, and what it does with a completion.
+//! - `reactor`: the operations of one thread, and the wait for their completions.
+//! - `file`, `locks`, `environment`: the seam's traits.
+
+mod environment;
+mod file;
+mod locks;
+mod operation;
+mod probe;
+mod reactor;
+
+pub use environment::UringEnvironment;
+pub use file::{UringFile, UringTransfer};
+pub use probe::Tier;
+pub use reactor::{Entered, Reactor, Wait, Watch};

@@ -1,0 +1,116 @@
+//! What the kernel's io_uring offers, and the best ring that it gives.
+
+use std::{fmt, io};
+
+use io_uring::{IoUring, Probe, opcode};
+
+/// How completions reach the thread that owns the ring: the better ones interrupt it less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// Only when the thread asks for them (`SINGLE_ISSUER` and `DEFER_TASKRUN`, Linux 6.1).
+    Deferred,
+    /// At the thread's next system call (`COOP_TASKRUN`, Linux 5.19).
+    Cooperative,
+    /// By interrupting the thread (Linux 5.15).
+    Plain,
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Deferred => "deferred",
+            Self::Cooperative => "cooperative",
+            Self::Plain => "plain",
+        })
+    }
+}
+
+/// A ring and what it can do.
+pub(super) struct Capable {
+    pub(super) uring: IoUring,
+    pub(super) tier: Tier,
+    /// Whether a length can be set through the ring (Linux 6.9).
+    pub(super) truncates: bool,
+}
+
+/// Makes the best ring that this kernel allows, for up to `entries` submissions at a time. It belongs to the calling thread.
+///
+/// # Errors
+/// With an explanation, if the system forbids io_uring or its kernel is too old.
+pub(super) fn build(entries: u32) -> io::Result<Capable> {
+    let mut refused = io::Error::from(io::ErrorKind::InvalidInput);
+    for tier in [Tier::Deferred, Tier::Cooperative, Tier::Plain] {
+        match build_tier(tier, entries) {
+            Ok(uring) => return examine(uring, tier),
+            // An unknown flag: the next tier asks for less.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
+            Err(error) => return Err(explain(error)),
+        }
+    }
+    Err(explain(refused))
+}
+
+fn build_tier(tier: Tier, entries: u32) -> io::Result<IoUring> {
+    let entries = entries.clamp(1, 1 << 15).next_power_of_two();
+    let mut builder = IoUring::builder();
+    // Watches and timers stay in flight for long, so more completions than submissions can be outstanding.
+    builder.setup_clamp().setup_cqsize(entries.saturating_mul(4)).dontfork();
+    match tier {
+        Tier::Deferred => builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all(),
+        Tier::Cooperative => builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all(),
+        Tier::Plain => &mut builder,
+    };
+    builder.build(entries)
+}
+
+fn examine(uring: IoUring, tier: Tier) -> io::Result<Capable> {
+    let params = uring.params();
+    if !(params.is_feature_nodrop() && params.is_feature_submit_stable() && params.is_feature_ext_arg()) {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring is too old: Linux 5.15 or newer is needed"));
+    }
+    let mut probe = Probe::new();
+    uring.submitter().register_probe(&mut probe)?;
+    let needed = [opcode::OpenAt2::CODE, opcode::RenameAt::CODE, opcode::UnlinkAt::CODE, opcode::Fallocate::CODE];
+    if !needed.iter().all(|code| probe.is_supported(*code)) {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring lacks operations: Linux 5.15 or newer is needed"));
+    }
+    let truncates = probe.is_supported(opcode::Ftruncate::CODE);
+    Ok(Capable { uring, tier, truncates })
+}
+
+fn explain(error: io::Error) -> io::Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "io_uring is forbidden here: look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile"
+        }
+        Some(libc::ENOSYS) => "this kernel has no io_uring, or a seccomp profile hides it: Linux 5.15 or newer is needed",
+        Some(libc::ENOMEM) => "no memory for an io_uring: look at the limit for locked memory (ulimit -l)",
+        Some(libc::EMFILE | libc::ENFILE) => "no file descriptor left for an io_uring: look at the limit for open files (ulimit -n)",
+        _ => "cannot set up an io_uring",
+    };
+    io::Error::new(error.kind(), format!("{hint}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_tier_that_this_kernel_knows_gives_a_usable_ring() {
+        let best = build(8).expect("this machine has io_uring");
+        println!("best tier: {}, truncates: {}", best.tier, best.truncates);
+        for tier in [Tier::Cooperative, Tier::Plain] {
+            match build_tier(tier, 8) {
+                Ok(uring) => assert_eq!(examine(uring, tier).expect("a ring of this kernel").tier, tier),
+                Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_forbidden_ring_is_explained() {
+        let error = explain(io::Error::from_raw_os_error(libc::EPERM));
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        assert!(error.to_string().contains("kernel.io_uring_disabled"), "{error}");
+    }
+}
