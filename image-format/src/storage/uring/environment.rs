@@ -164,3 +164,151 @@ impl Environment for UringEnvironment {
         u64::from_ne_bytes(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::path::PathBuf;
+
+    use super::super::Reactor;
+    use super::*;
+    use crate::buffer::AlignedBuffer;
+    use crate::storage::Storage;
+    use crate::units::HostOffset;
+
+    fn run<T: 'static>(task: impl Future<Output = T> + 'static) -> T {
+        Reactor::new(8).expect("a reactor").block_on(task).expect("the ring works")
+    }
+
+    fn open(at: Location, access: Access) -> io::Result<UringFile> {
+        run(async move { UringEnvironment.open(&at, access, CacheMode::Direct).await })
+    }
+
+    fn trusted(path: impl Into<PathBuf>, access: Access) -> io::Result<UringFile> {
+        open(Location::Trusted(path.into()), access)
+    }
+
+    fn beneath(directory: &Path, name: impl Into<PathBuf>) -> io::Result<UringFile> {
+        open(Location::Beneath { directory: directory.to_owned(), name: name.into() }, Access::Read)
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_without_waiting_for_it() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let fifo = directory.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).expect("a FIFO");
+        let socket = directory.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+        for (path, what) in [(fifo.as_path(), "a FIFO"), (Path::new("/dev/null"), "a character device"), (directory.path(), "a directory")]
+        {
+            let error = trusted(path, Access::Read).expect_err("no file");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+            assert!(error.to_string().contains(what), "{error}");
+        }
+        assert!(beneath(directory.path(), "fifo").is_err());
+        assert_eq!(trusted(&socket, Access::Read).expect_err("no file").raw_os_error(), Some(libc::ENXIO));
+        assert_eq!(trusted(directory.path(), Access::Write).expect_err("no file").raw_os_error(), Some(libc::EISDIR));
+    }
+
+    #[test]
+    fn a_new_file_must_be_new_and_is_for_its_owner_only() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image");
+        assert_eq!(trusted(&path, Access::Write).expect_err("nothing there").kind(), io::ErrorKind::NotFound);
+        let file = trusted(&path, Access::CreateNew).expect("a new file");
+        assert_eq!(file.length().expect("a length"), 0);
+        assert_eq!(std::fs::metadata(&path).expect("the file").permissions().mode() & 0o777, 0o600);
+        assert_eq!(trusted(&path, Access::CreateNew).expect_err("there already").kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(trusted("a\0b", Access::Read).expect_err("no name").kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(trusted(&path, Access::Read).expect("the file").identity(), file.identity());
+    }
+
+    #[test]
+    fn a_file_opened_for_reading_takes_no_writes() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image");
+        std::fs::write(&path, [1; 512]).expect("a file");
+        let file = trusted(&path, Access::Read).expect("the file");
+        let (result, _) = run(async move { file.write(HostOffset::ZERO, AlignedBuffer::zeroed(512).into()).await });
+        assert_eq!(result.expect_err("refused").raw_os_error(), Some(libc::EBADF));
+        assert_eq!(std::fs::read(&path).expect("the file"), [1; 512]);
+    }
+
+    #[test]
+    fn names_out_of_files_stay_beneath_their_directory() {
+        let outside = tempfile::tempdir().expect("a temporary directory");
+        std::fs::write(outside.path().join("secret"), "secret").expect("a file");
+        let allowed = outside.path().join("allowed");
+        std::fs::create_dir_all(allowed.join("deep")).expect("directories");
+        std::fs::write(allowed.join("deep/image"), "image").expect("a file");
+        symlink(outside.path().join("secret"), allowed.join("absolute")).expect("a link");
+        symlink("../secret", allowed.join("relative")).expect("a link");
+        symlink("deep", allowed.join("inside")).expect("a link");
+        symlink("/proc/self/fd/0", allowed.join("magic")).expect("a link");
+
+        assert_eq!(beneath(&allowed, "deep/image").expect("beneath").length().expect("a length"), 5);
+        let errors = [libc::EXDEV, libc::ELOOP];
+        for name in ["../secret", "deep/../../secret", "/etc/hostname", "absolute", "relative", "inside/image", "magic"] {
+            let error = beneath(&allowed, name).expect_err(name).raw_os_error();
+            assert!(error.is_some_and(|error| errors.contains(&error)), "{name}: {error:?}");
+        }
+        assert!(beneath(Path::new("/proc/self/fd"), "0").is_err(), "descriptors are magic links");
+        // A directory that is swapped for a link after its name was resolved.
+        std::fs::rename(allowed.join("deep"), allowed.join("gone")).expect("a rename");
+        symlink(outside.path(), allowed.join("deep")).expect("a link");
+        assert_eq!(beneath(&allowed, "deep/secret").expect_err("a link").raw_os_error(), Some(libc::ELOOP));
+    }
+
+    #[test]
+    fn names_are_replaced_and_removed() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (old, new) = (directory.path().join("old"), directory.path().join("new"));
+        std::fs::write(&old, "old").expect("a file");
+        std::fs::write(&new, "new").expect("a file");
+        let (from, to, all) = (old.clone(), new.clone(), directory.path().to_owned());
+        run(async move {
+            UringEnvironment.rename(&from, &to).await.expect("a rename");
+            UringEnvironment.flush_directory(&all).await.expect("a flush");
+            assert_eq!(UringEnvironment.rename(&from, &to).await.expect_err("gone").kind(), io::ErrorKind::NotFound);
+        });
+        assert_eq!(std::fs::read_to_string(&new).expect("the file"), "old");
+        run(async move {
+            UringEnvironment.remove(&new).await.expect("a removal");
+            assert_eq!(UringEnvironment.remove(&new).await.expect_err("gone").kind(), io::ErrorKind::NotFound);
+        });
+        let missing = directory.path().join("missing");
+        assert!(run(async move { UringEnvironment.flush_directory(&missing).await }).is_err());
+    }
+
+    #[test]
+    fn no_descriptor_is_left_behind() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image");
+        drop(trusted(&path, Access::CreateNew).expect("a new file"));
+        let at = Location::Trusted(path);
+        let name = at.path();
+        run(async move {
+            for _ in 0..50 {
+                // Dropped while the kernel opens: the descriptor comes back all the same.
+                let mut opening = Box::pin(UringEnvironment.open(&at, Access::Read, CacheMode::Buffered));
+                std::future::poll_fn(|context| {
+                    let _ = opening.as_mut().poll(context);
+                    std::task::Poll::Ready(())
+                })
+                .await;
+                drop(opening);
+            }
+            UringEnvironment.sleep_until(UringEnvironment.now() + Duration::from_millis(1)).await;
+        });
+        let is_ours = |link: &PathBuf| std::fs::read_link(link).is_ok_and(|target| target == name);
+        let descriptors = std::fs::read_dir("/proc/self/fd").expect("descriptors").filter_map(|entry| entry.ok().map(|entry| entry.path()));
+        assert_eq!(descriptors.filter(is_ours).count(), 0);
+    }
+
+    #[test]
+    fn chance_and_clocks_move() {
+        assert_ne!(UringEnvironment.random(), UringEnvironment.random());
+        assert!(UringEnvironment.now() <= UringEnvironment.now());
+        assert!(UringEnvironment.wall_clock() > Duration::from_secs(1_700_000_000));
+    }
+}

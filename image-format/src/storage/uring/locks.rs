@@ -120,3 +120,184 @@ fn control(fd: BorrowedFd<'_>, command: i32, kind: i32, byte: i64) -> io::Result
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::fd::AsFd;
+    use std::path::PathBuf;
+    use std::process::{Command, Output, Stdio};
+
+    use super::super::{Reactor, UringEnvironment, UringFile};
+    use super::*;
+    use crate::storage::{Access, CacheMode, Environment, Location, Storage};
+
+    /// The bytes on which anybody but the descriptor asked holds a lock.
+    fn held_by_others(file: &File) -> Vec<i64> {
+        (0..300).filter(|byte| is_held_by_others(file.as_fd(), *byte).expect("locks")).collect()
+    }
+
+    fn open(path: &Path, access: Access) -> UringFile {
+        let at = Location::Trusted(path.to_owned());
+        let open = async move { UringEnvironment.open(&at, access, CacheMode::Buffered).await };
+        Reactor::new(8).expect("a reactor").block_on(open).expect("the ring works").expect("the image")
+    }
+
+    fn refusal(result: io::Result<()>) -> String {
+        let error = result.expect_err("a conflict");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{error}");
+        error.to_string()
+    }
+
+    /// An image of 1 MiB, if there is a qemu-img to make it.
+    fn image() -> Option<(tempfile::TempDir, PathBuf)> {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image");
+        match qemu("qemu-img", &["create", "-q", "-f", "qcow2"], &path, &["1M"]) {
+            Some(output) => {
+                assert!(output.status.success(), "{output:?}");
+                Some((directory, path))
+            }
+            None => {
+                println!("skipped: there is no qemu-img");
+                None
+            }
+        }
+    }
+
+    fn qemu(program: &str, before: &[&str], path: &Path, after: &[&str]) -> Option<Output> {
+        match Command::new(program).args(before).arg(path).args(after).output() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            output => Some(output.expect("the program runs")),
+        }
+    }
+
+    fn succeeds(program: &str, before: &[&str], path: &Path, after: &[&str]) {
+        let output = qemu(program, before, path, after).expect("the program is there");
+        assert!(output.status.success(), "{program} {before:?} {after:?}: {output:?}");
+    }
+
+    fn is_locked_out(program: &str, before: &[&str], path: &Path, after: &[&str]) {
+        let output = qemu(program, before, path, after).expect("the program is there");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && message.contains("lock"), "{program} {before:?} {after:?}: {output:?}");
+    }
+
+    #[test]
+    fn each_role_locks_the_bytes_that_stand_for_it() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image");
+        let image = open(&path, Access::CreateNew);
+        let witness = File::open(&path).expect("the image");
+        let roles = [
+            (Sharing::Writer, vec![100, 101, 103, 201, 203]),
+            (Sharing::Reader, vec![100, 201, 203]),
+            (Sharing::None, vec![]),
+            (Sharing::Reader, vec![100, 201, 203]),
+            (Sharing::Writer, vec![100, 101, 103, 201, 203]),
+            (Sharing::None, vec![]),
+        ];
+        for (role, bytes) in roles {
+            image.set_sharing(role).expect("nobody else is there");
+            assert_eq!(held_by_others(&witness), bytes, "{role:?}");
+        }
+        image.set_sharing(Sharing::Writer).expect("nobody else is there");
+        drop(image);
+        assert_eq!(held_by_others(&witness), []);
+    }
+
+    #[test]
+    fn a_refused_change_leaves_the_locks_as_they_were() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image");
+        let (one, other) = (open(&path, Access::CreateNew), open(&path, Access::Write));
+        one.set_sharing(Sharing::Reader).expect("nobody else is there");
+        other.set_sharing(Sharing::Reader).expect("two may read");
+        let message = refusal(one.set_sharing(Sharing::Writer));
+        assert!(message.contains("does not let others write") && message.contains("image"), "{message}");
+        let third = File::open(&path).expect("the image");
+        other.set_sharing(Sharing::None).expect("locks can always be given up");
+        assert_eq!(held_by_others(&third), [100, 201, 203], "the first is a reader still");
+
+        one.set_sharing(Sharing::Writer).expect("nobody else is left");
+        for role in [Sharing::Reader, Sharing::Writer] {
+            let message = refusal(other.set_sharing(role));
+            assert!(message.contains("write"), "{message}");
+        }
+        drop(one);
+        assert_eq!(held_by_others(&third), [], "the refused one holds nothing");
+    }
+
+    #[test]
+    fn a_handle_without_locks_neither_minds_nor_loses_those_of_another() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image");
+        let image = open(&path, Access::CreateNew);
+        image.set_sharing(Sharing::Writer).expect("nobody else is there");
+        drop(open(&path, Access::Read));
+        drop(File::open(&path).expect("the image"));
+        let witness = File::open(&path).expect("the image");
+        assert_eq!(held_by_others(&witness), [100, 101, 103, 201, 203]);
+    }
+
+    #[test]
+    fn qemu_keeps_its_hands_off_an_image_that_we_write() {
+        let Some((directory, path)) = image() else { return };
+        let image = open(&path, Access::Write);
+        image.set_sharing(Sharing::Writer).expect("nobody else is there");
+        let copy = directory.path().join("copy");
+        let copy = copy.to_str().expect("a readable name");
+        is_locked_out("qemu-img", &["info"], &path, &[]);
+        is_locked_out("qemu-img", &["check"], &path, &[]);
+        is_locked_out("qemu-img", &["convert", "-O", "raw"], &path, &[copy]);
+        is_locked_out("qemu-img", &["resize"], &path, &["2M"]);
+        is_locked_out("qemu-io", &["-c", "write 0 512"], &path, &[]);
+        is_locked_out("qemu-io", &["-r", "-c", "read 0 512"], &path, &[]);
+        succeeds("qemu-img", &["info", "-U"], &path, &[]);
+        succeeds("qemu-img", &["convert", "-U", "-O", "raw"], &path, &[copy]);
+        image.set_sharing(Sharing::None).expect("locks can always be given up");
+        succeeds("qemu-io", &["-c", "write 0 512"], &path, &[]);
+    }
+
+    #[test]
+    fn qemu_reads_but_does_not_write_an_image_that_we_read() {
+        let Some((directory, path)) = image() else { return };
+        let image = open(&path, Access::Read);
+        image.set_sharing(Sharing::Reader).expect("nobody else is there");
+        let copy = directory.path().join("copy");
+        let copy = copy.to_str().expect("a readable name");
+        succeeds("qemu-img", &["info"], &path, &[]);
+        succeeds("qemu-img", &["convert", "-O", "raw"], &path, &[copy]);
+        is_locked_out("qemu-io", &["-c", "write 0 512"], &path, &[]);
+        is_locked_out("qemu-img", &["resize"], &path, &["2M"]);
+    }
+
+    #[test]
+    fn we_keep_our_hands_off_an_image_that_qemu_writes() {
+        let Some((_directory, path)) = image() else { return };
+        let mut qemu = Command::new("qemu-io")
+            .args(["-f", "qcow2"])
+            .arg(&path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("qemu-io comes with qemu-img");
+        let mut commands = qemu.stdin.take().expect("a pipe");
+        let mut answers = BufReader::new(qemu.stdout.take().expect("a pipe"));
+        writeln!(commands, "write 0 512").expect("qemu-io listens");
+        let mut answer = String::new();
+        answers.read_line(&mut answer).expect("qemu-io answers");
+        assert!(answer.contains("512"), "{answer}");
+
+        let image = open(&path, Access::Write);
+        for role in [Sharing::Reader, Sharing::Writer] {
+            let message = refusal(image.set_sharing(role));
+            assert!(message.contains("write"), "{message}");
+        }
+        writeln!(commands, "quit").expect("qemu-io listens");
+        drop((commands, answers));
+        assert!(qemu.wait().expect("qemu-io ends").success());
+        image.set_sharing(Sharing::Writer).expect("qemu-io is gone");
+    }
+}
