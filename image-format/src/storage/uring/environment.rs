@@ -12,7 +12,7 @@ use io_uring::{opcode, squeue, types};
 
 use super::file::UringFile;
 use super::operation::{CallKind, Output};
-use super::reactor;
+use super::ring;
 use crate::runtime;
 use crate::storage::{Access, CacheMode, Environment, Location};
 
@@ -62,7 +62,7 @@ async fn open(directory: Option<Rc<OwnedFd>>, name: &Path, flags: i32, mode: u64
     let base = types::Fd(opening.directory.as_ref().map_or(libc::AT_FDCWD, |directory| directory.as_raw_fd()));
     let entry = opcode::OpenAt2::new(base, opening.name.as_ptr(), &raw const opening.how).build();
     // SAFETY: name, how and directory lie in (or are owned by) `opening`, which does not move.
-    let submitted = unsafe { reactor::current().call(entry, CallKind::Open, opening) };
+    let submitted = unsafe { ring::current().call(entry, CallKind::Open, opening) };
     match submitted.await {
         Output::Descriptor(descriptor) => descriptor,
         _ => unreachable!("openings end with a descriptor"),
@@ -72,10 +72,10 @@ async fn open(directory: Option<Rc<OwnedFd>>, name: &Path, flags: i32, mode: u64
 /// Runs an operation for its success only.
 ///
 /// # Safety
-/// As for [`reactor::Ring::call`].
+/// As for [`ring::Ring::call`].
 async unsafe fn call(entry: squeue::Entry, kind: CallKind, keep: Rc<dyn std::any::Any>) -> io::Result<()> {
     // SAFETY: promised by our caller.
-    let submitted = unsafe { reactor::current().call(entry, kind, keep) };
+    let submitted = unsafe { ring::current().call(entry, kind, keep) };
     match submitted.await {
         Output::Value(result) => result.map(drop),
         _ => unreachable!("plain calls end with a value"),
@@ -206,6 +206,13 @@ mod tests {
             assert!(error.to_string().contains(what), "{error}");
         }
         assert!(beneath(directory.path(), "fifo").is_err());
+        // A device node between the images, which only root can make; /dev/full stands for any.
+        let node = directory.path().join("node");
+        let device = rustix::fs::makedev(1, 7);
+        match rustix::fs::mknodat(rustix::fs::CWD, &node, rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::RUSR, device) {
+            Ok(()) => assert_eq!(beneath(directory.path(), "node").expect_err("no file").kind(), io::ErrorKind::InvalidInput),
+            Err(error) => println!("skipped: no device node to be had: {error}"),
+        }
         assert_eq!(trusted(&socket, Access::Read).expect_err("no file").raw_os_error(), Some(libc::ENXIO));
         assert_eq!(trusted(directory.path(), Access::Write).expect_err("no file").raw_os_error(), Some(libc::EISDIR));
     }

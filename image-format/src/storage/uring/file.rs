@@ -13,8 +13,9 @@ use io_uring::{opcode, squeue, types};
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 
 use super::locks;
-use super::operation::{CallKind, DIRECT_ALIGNMENT, Direction, Output, TransferWork};
-use super::reactor::{self, Submitted};
+use super::operation::{CallKind, Output};
+use super::ring::{self, Submitted};
+use super::transfer::{DIRECT_ALIGNMENT, Direction, TransferWork};
 use crate::buffer::{BUFFER_ALIGNMENT, Buffer};
 use crate::storage::{CacheMode, FileIdentity, Sharing, Storage, Transferred};
 use crate::units::HostOffset;
@@ -109,6 +110,11 @@ impl UringFile {
         self.file.fd()
     }
 
+    #[cfg(test)]
+    pub(super) fn open_file(&self) -> Arc<OpenFile> {
+        Arc::clone(&self.file)
+    }
+
     fn transfer(&self, direction: Direction, at: HostOffset, buffer: Buffer) -> UringTransfer {
         if let Err(error) = self.check_range(at, buffer.len()) {
             return UringTransfer(TransferState::Ended(Some((Err(error), buffer))));
@@ -117,7 +123,7 @@ impl UringFile {
             return UringTransfer(TransferState::Ended(Some((Ok(()), buffer))));
         }
         let work = TransferWork::new(Arc::clone(&self.file), direction, at.get(), buffer);
-        UringTransfer(TransferState::Running(reactor::current().transfer(work)))
+        UringTransfer(TransferState::Running(ring::current().transfer(work)))
     }
 
     fn check_range(&self, at: HostOffset, len: usize) -> io::Result<()> {
@@ -136,7 +142,7 @@ impl UringFile {
     /// Runs an operation on the descriptor that points to no memory.
     async fn call(&self, entry: squeue::Entry, kind: CallKind) -> io::Result<()> {
         // SAFETY: the caller's entry points to no memory, and the file that it names is kept open by the second handle.
-        let submitted = unsafe { reactor::current().call(entry, kind, Rc::new(Arc::clone(&self.file))) };
+        let submitted = unsafe { ring::current().call(entry, kind, Rc::new(Arc::clone(&self.file))) };
         match submitted.await {
             Output::Value(result) => result.map(drop),
             _ => unreachable!("plain calls end with a value"),
@@ -201,7 +207,7 @@ impl Storage for UringFile {
         if i64::try_from(len).is_err() {
             return Err(io::Error::from_raw_os_error(libc::EFBIG));
         }
-        if reactor::current().truncates() {
+        if ring::current().truncates() {
             self.call(opcode::Ftruncate::new(self.target(), len).build(), CallKind::Plain).await
         } else {
             Ok(rustix::fs::ftruncate(&self.file.fd, len)?)
@@ -591,6 +597,82 @@ mod tests {
             let error = file.set_len(u64::MAX).await.expect_err("refused");
             assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
         });
+    }
+
+    /// A block device of one MiB, if this process may make one.
+    struct LoopDevice {
+        path: String,
+        _directory: tempfile::TempDir,
+    }
+
+    impl LoopDevice {
+        fn new(sector_size: &str) -> Option<Self> {
+            let directory = tempfile::tempdir().expect("a temporary directory");
+            let backing = directory.path().join("backing");
+            std::fs::write(&backing, vec![0x11; 1 << 20]).expect("a file");
+            let output =
+                std::process::Command::new("losetup").args(["--show", "--find", "--sector-size", sector_size]).arg(&backing).output();
+            match output {
+                Ok(output) if output.status.success() => {
+                    let path = String::from_utf8(output.stdout).expect("a readable name").trim().to_owned();
+                    Some(Self { path, _directory: directory })
+                }
+                other => {
+                    println!("skipped: no loop device to be had: {other:?}");
+                    None
+                }
+            }
+        }
+
+        fn open(&self, cache: CacheMode) -> UringFile {
+            let at = Location::Trusted(self.path.clone().into());
+            let open = async move { UringEnvironment.open(&at, Access::Write, cache).await };
+            Reactor::new(8).expect("a reactor").block_on(open).expect("the ring works").expect("the device")
+        }
+    }
+
+    impl Drop for LoopDevice {
+        fn drop(&mut self) {
+            let detached = std::process::Command::new("losetup").args(["--detach", &self.path]).status();
+            assert!(detached.is_ok_and(|status| status.success()), "the loop device {} stays behind", self.path);
+        }
+    }
+
+    #[test]
+    fn a_block_device_reads_writes_and_punches_within_its_fixed_length() {
+        let Some(device) = LoopDevice::new("512") else { return };
+        for cache in [CacheMode::Direct, CacheMode::Buffered] {
+            let file = device.open(cache);
+            assert_eq!(file.identity(), device.open(CacheMode::Buffered).identity());
+            assert_eq!((file.is_direct(), file.length().expect("a length")), (cache == CacheMode::Direct, 1 << 20));
+            assert_eq!(file.allocated_bytes().expect("a length"), 1 << 20);
+            let task = async move {
+                file.write_bytes(HostOffset::new(4096), &[0x22; 8192]).await.expect("a write");
+                file.punch(HostOffset::new(8192), 4096).await.expect("a hole");
+                file.flush().await.expect("a flush");
+                let bytes = file.read_bytes(HostOffset::ZERO, 16384).await.expect("a read");
+                assert!(bytes[4096..8192].iter().all(|byte| *byte == 0x22) && bytes[8192..12288].iter().all(|byte| *byte == 0));
+                let tail = file.read_bytes(HostOffset::new((1 << 20) - 512), 1024).await.expect("a read");
+                assert_eq!((tail[0], tail[511], tail[512], tail[1023]), (0x11, 0x11, 0, 0));
+                assert!(file.write_bytes(HostOffset::new(1 << 20), &[1; 512]).await.is_err());
+                assert_eq!(file.set_len(1 << 19).await.expect_err("fixed").kind(), io::ErrorKind::Unsupported);
+                assert_eq!(file.allocate(HostOffset::ZERO, 4096).await.expect_err("fixed").kind(), io::ErrorKind::Unsupported);
+            };
+            Reactor::new(8).expect("a reactor").block_on(task).expect("the ring works");
+        }
+    }
+
+    #[test]
+    fn a_medium_with_large_sectors_is_used_through_the_page_cache() {
+        let Some(device) = LoopDevice::new("4096") else { return };
+        let file = device.open(CacheMode::Direct);
+        assert_eq!((file.is_direct(), file.alignment()), (false, 1));
+        let task = async move {
+            file.write_bytes(HostOffset::new(100), &[0x33; 1000]).await.expect("a write");
+            let bytes = file.read_bytes(HostOffset::new(99), 1002).await.expect("a read");
+            assert_eq!((bytes[0], bytes[1], bytes[1000], bytes[1001]), (0x11, 0x33, 0x33, 0x11));
+        };
+        Reactor::new(8).expect("a reactor").block_on(task).expect("the ring works");
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! reactor of the thread that they are called on, so files are shared freely between threads while rings never are.
 //!
 //! - `probe`: what the kernel offers, and a ring that makes use of it.
-//! - `operation`: what one operation keeps alive, and what it does with a completion.
-//! - `reactor`: the operations of one thread, and the wait for their completions.
+//! - `operation`, `transfer`: what one operation keeps alive, and what it does with a completion.
+//! - `ring`: the operations of one thread; `reactor`: the thread's place to wait for them.
 //! - `file`, `locks`, `environment`: the seam's traits.
 
 mod environment;
@@ -14,6 +14,8 @@ mod locks;
 mod operation;
 mod probe;
 mod reactor;
+mod ring;
+mod transfer;
 
 pub use environment::UringEnvironment;
 pub use file::{UringFile, UringTransfer};
