@@ -317,6 +317,7 @@ mod tests {
     use std::collections::VecDeque;
     use std::path::Path;
 
+    use super::super::probe::tests::every_tier;
     use super::super::{Reactor, UringEnvironment};
     use super::*;
     use crate::buffer::{AlignedBuffer, SharedVectors};
@@ -356,12 +357,13 @@ mod tests {
         directories
     }
 
-    /// Runs `test` on a new file of each file system in each cache mode.
+    /// Runs `test` on a new file of each file system in each cache mode with each tier of rings.
     fn on_every_file<F: Future<Output = ()> + 'static>(test: impl Fn(UringFile) -> F) {
         for directory in directories() {
-            for cache in [CacheMode::Direct, CacheMode::Buffered] {
-                let path = directory.path().join(format!("{cache:?}"));
-                let reactor = Reactor::new(8).expect("a reactor");
+            let caches = [CacheMode::Direct, CacheMode::Buffered];
+            for (cache, capable) in caches.into_iter().flat_map(|cache| every_tier(8).into_iter().map(move |capable| (cache, capable))) {
+                let path = directory.path().join(format!("{cache:?} {}", capable.tier));
+                let reactor = Reactor::over(capable).expect("a reactor");
                 let at = Location::Trusted(path.clone());
                 let file = reactor
                     .block_on(async move { UringEnvironment.open(&at, Access::CreateNew, cache).await })

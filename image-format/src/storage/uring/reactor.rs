@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustix::event::EventfdFlags;
 
-use super::probe::Tier;
+use super::probe::{self, Capable, Tier};
 use super::ring::{self, Handle, Ring};
 use crate::runtime::{Executor, Unpark};
 
@@ -40,8 +40,12 @@ impl Reactor {
     /// # Errors
     /// With an explanation, if the system forbids io_uring or its kernel is too old.
     pub fn new(entries: u32) -> io::Result<Self> {
+        Self::over(probe::build(entries)?)
+    }
+
+    pub(super) fn over(capable: Capable) -> io::Result<Self> {
         let wake = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let ring = Rc::new(Ring::new(entries, Arc::clone(&wake))?);
+        let ring = Rc::new(Ring::new(capable, Arc::clone(&wake)));
         Ok(Self { executor: Executor::new(WakeDescriptor(wake)), ring })
     }
 
@@ -161,6 +165,11 @@ mod tests {
     use crate::storage::Environment;
     use crate::storage::uring::UringEnvironment;
 
+    /// A reactor of each tier that this kernel knows.
+    fn reactors() -> impl Iterator<Item = Reactor> {
+        probe::tests::every_tier(8).into_iter().map(|capable| Reactor::over(capable).expect("a reactor"))
+    }
+
     fn eventfd() -> OwnedFd {
         rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd")
     }
@@ -177,139 +186,146 @@ mod tests {
 
     #[test]
     fn a_waker_on_another_thread_ends_the_wait() {
-        let reactor = Reactor::new(8).expect("a reactor");
-        let shared = Arc::new((AtomicUsize::new(0), WaitQueue::new()));
-        let other = Arc::clone(&shared);
-        let setter = std::thread::spawn(move || {
-            for _ in 0..1000 {
-                other.0.fetch_add(1, Ordering::SeqCst);
-                other.1.notify_all();
-            }
-        });
-        let seen = reactor.block_on(async move {
-            for count in 1..=1000 {
-                shared.1.wait_until(|| (shared.0.load(Ordering::SeqCst) >= count).then_some(())).await;
-            }
-            shared.0.load(Ordering::SeqCst)
-        });
-        assert_eq!(seen.expect("the ring works"), 1000);
-        setter.join().expect("the setter does not panic");
+        for reactor in reactors() {
+            let shared = Arc::new((AtomicUsize::new(0), WaitQueue::new()));
+            let other = Arc::clone(&shared);
+            let setter = std::thread::spawn(move || {
+                for _ in 0..1000 {
+                    other.0.fetch_add(1, Ordering::SeqCst);
+                    other.1.notify_all();
+                }
+            });
+            let seen = reactor.block_on(async move {
+                for count in 1..=1000 {
+                    shared.1.wait_until(|| (shared.0.load(Ordering::SeqCst) >= count).then_some(())).await;
+                }
+                shared.0.load(Ordering::SeqCst)
+            });
+            assert_eq!(seen.expect("the ring works"), 1000);
+            setter.join().expect("the setter does not panic");
+        }
     }
 
     #[test]
     fn a_watched_eventfd_is_reported_for_each_signal_without_being_read() {
-        let reactor = Reactor::new(8).expect("a reactor");
-        let (kick, other) = (eventfd(), eventfd());
-        let watch = reactor.watch(kick.try_clone().expect("a second descriptor"), 7);
-        let _second = reactor.watch(other.try_clone().expect("a second descriptor"), 8);
-        reactor.turn(Wait::No).expect("a turn");
-        assert_eq!(events(&reactor), []);
-        for _ in 0..100 {
+        for reactor in reactors() {
+            let (kick, other) = (eventfd(), eventfd());
+            let watch = reactor.watch(kick.try_clone().expect("a second descriptor"), 7);
+            let _second = reactor.watch(other.try_clone().expect("a second descriptor"), 8);
+            reactor.turn(Wait::No).expect("a turn");
+            assert_eq!(events(&reactor), []);
+            for _ in 0..100 {
+                signal(&kick);
+                while !reactor.ring.has_events() {
+                    reactor.turn(Wait::Forever).expect("a turn");
+                }
+                assert_eq!(events(&reactor), [7]);
+            }
+            signal(&other);
             signal(&kick);
+            while reactor.ring.event_count() < 2 {
+                reactor.turn(Wait::No).expect("a turn");
+            }
+            // An event that nobody has taken keeps the thread awake, and dies with its watch.
+            reactor.turn(Wait::Forever).expect("a turn");
+            drop(watch);
+            assert_eq!(events(&reactor), [8]);
+            signal(&kick);
+            signal(&other);
             while !reactor.ring.has_events() {
                 reactor.turn(Wait::Forever).expect("a turn");
             }
-            assert_eq!(events(&reactor), [7]);
+            assert_eq!(events(&reactor), [8]);
+            assert_eq!(reactor.ring.operation_count(), 1, "the dropped watch is gone");
         }
-        signal(&other);
-        signal(&kick);
-        while reactor.ring.event_count() < 2 {
-            reactor.turn(Wait::No).expect("a turn");
-        }
-        // An event that nobody has taken keeps the thread awake, and dies with its watch.
-        reactor.turn(Wait::Forever).expect("a turn");
-        drop(watch);
-        assert_eq!(events(&reactor), [8]);
-        signal(&kick);
-        signal(&other);
-        while !reactor.ring.has_events() {
-            reactor.turn(Wait::Forever).expect("a turn");
-        }
-        assert_eq!(events(&reactor), [8]);
-        assert_eq!(reactor.ring.operation_count(), 1, "the dropped watch is gone");
     }
 
     #[test]
     fn a_descriptor_that_is_readable_already_is_reported_at_once() {
-        let reactor = Reactor::new(8).expect("a reactor");
-        let kick = eventfd();
-        signal(&kick);
-        let _watch = reactor.watch(kick, 3);
-        while !reactor.ring.has_events() {
-            reactor.turn(Wait::Forever).expect("a turn");
+        for reactor in reactors() {
+            let kick = eventfd();
+            signal(&kick);
+            let _watch = reactor.watch(kick, 3);
+            while !reactor.ring.has_events() {
+                reactor.turn(Wait::Forever).expect("a turn");
+            }
+            assert_eq!(events(&reactor), [3]);
         }
-        assert_eq!(events(&reactor), [3]);
     }
 
     #[test]
     fn a_closed_peer_is_reported_once_more_and_not_for_ever() {
-        let reactor = Reactor::new(8).expect("a reactor");
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
-        let watch = reactor.watch(ours.into(), 5);
-        drop(theirs);
-        while !reactor.ring.has_events() {
-            reactor.turn(Wait::Forever).expect("a turn");
-        }
-        assert_eq!(events(&reactor), [5]);
-        reactor.turn(Wait::Until(UringEnvironment.now() + Duration::from_millis(20))).expect("a turn");
-        assert!(events(&reactor).is_empty());
-        drop(watch);
-        while reactor.ring.operation_count() > 0 {
-            reactor.turn(Wait::Forever).expect("a turn");
+        for reactor in reactors() {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+            let watch = reactor.watch(ours.into(), 5);
+            drop(theirs);
+            while !reactor.ring.has_events() {
+                reactor.turn(Wait::Forever).expect("a turn");
+            }
+            assert_eq!(events(&reactor), [5]);
+            reactor.turn(Wait::Until(UringEnvironment.now() + Duration::from_millis(20))).expect("a turn");
+            assert!(events(&reactor).is_empty());
+            drop(watch);
+            while reactor.ring.operation_count() > 0 {
+                reactor.turn(Wait::Forever).expect("a turn");
+            }
         }
     }
 
     #[test]
     fn timers_end_in_the_order_of_their_deadlines() {
-        let reactor = Reactor::new(8).expect("a reactor");
-        let order = reactor.block_on(async {
-            let order = Rc::new(RefCell::new(Vec::new()));
-            let done = Rc::new(WaitQueue::new());
-            let start = UringEnvironment.now();
-            for number in [3_u64, 1, 2, 0] {
-                let (order, done) = (Rc::clone(&order), Rc::clone(&done));
-                let deadline = start + Duration::from_millis(10 * number);
-                runtime::spawn(async move {
-                    UringEnvironment.sleep_until(deadline).await;
-                    assert!(UringEnvironment.now() >= deadline);
-                    order.borrow_mut().push(number);
-                    done.notify_all();
-                });
-            }
-            done.wait_until(|| (order.borrow().len() == 4).then_some(())).await;
-            order.take()
-        });
-        assert_eq!(order.expect("the ring works"), [0, 1, 2, 3]);
+        for reactor in reactors() {
+            let order = reactor.block_on(async {
+                let order = Rc::new(RefCell::new(Vec::new()));
+                let done = Rc::new(WaitQueue::new());
+                let start = UringEnvironment.now();
+                for number in [3_u64, 1, 2, 0] {
+                    let (order, done) = (Rc::clone(&order), Rc::clone(&done));
+                    let deadline = start + Duration::from_millis(10 * number);
+                    runtime::spawn(async move {
+                        UringEnvironment.sleep_until(deadline).await;
+                        assert!(UringEnvironment.now() >= deadline);
+                        order.borrow_mut().push(number);
+                        done.notify_all();
+                    });
+                }
+                done.wait_until(|| (order.borrow().len() == 4).then_some(())).await;
+                order.take()
+            });
+            assert_eq!(order.expect("the ring works"), [0, 1, 2, 3]);
+        }
     }
 
     #[test]
     fn a_dropped_timer_is_cancelled() {
-        let reactor = Reactor::new(8).expect("a reactor");
-        let far = UringEnvironment.now() + Duration::from_secs(1 << 30);
-        let ring = Rc::clone(&reactor.ring);
-        reactor
-            .block_on(async move {
-                for _ in 0..100 {
-                    let mut sleep = Box::pin(UringEnvironment.sleep_until(far));
-                    std::future::poll_fn(|context| {
-                        assert!(sleep.as_mut().poll(context).is_pending());
-                        Poll::Ready(())
-                    })
-                    .await;
-                }
-                while ring.operation_count() > 0 {
-                    UringEnvironment.sleep_until(UringEnvironment.now() + Duration::from_millis(1)).await;
-                }
-            })
-            .expect("the ring works");
+        for reactor in reactors() {
+            let far = UringEnvironment.now() + Duration::from_secs(1 << 30);
+            let ring = Rc::clone(&reactor.ring);
+            reactor
+                .block_on(async move {
+                    for _ in 0..100 {
+                        let mut sleep = Box::pin(UringEnvironment.sleep_until(far));
+                        std::future::poll_fn(|context| {
+                            assert!(sleep.as_mut().poll(context).is_pending());
+                            Poll::Ready(())
+                        })
+                        .await;
+                    }
+                    while ring.operation_count() > 0 {
+                        UringEnvironment.sleep_until(UringEnvironment.now() + Duration::from_millis(1)).await;
+                    }
+                })
+                .expect("the ring works");
+        }
     }
 
     #[test]
     fn a_turn_until_a_deadline_ends_without_any_event() {
-        let reactor = Reactor::new(8).expect("a reactor");
-        let deadline = UringEnvironment.now() + Duration::from_millis(5);
-        while UringEnvironment.now() < deadline {
-            reactor.turn(Wait::Until(deadline)).expect("a turn");
+        for reactor in reactors() {
+            let deadline = UringEnvironment.now() + Duration::from_millis(5);
+            while UringEnvironment.now() < deadline {
+                reactor.turn(Wait::Until(deadline)).expect("a turn");
+            }
         }
     }
 

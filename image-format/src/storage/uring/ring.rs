@@ -28,7 +28,7 @@ use slab::Slab;
 
 use super::environment::monotonic;
 use super::operation::{CallKind, CallWork, Next, Output, WatchWork, Work};
-use super::probe::{self, Tier};
+use super::probe::{Capable, Tier};
 use super::reactor::Wait;
 use super::transfer::TransferWork;
 
@@ -136,13 +136,13 @@ pub(super) fn current() -> Rc<Ring> {
 }
 
 impl Ring {
-    /// A ring for the calling thread, and the descriptor that ends its waits.
-    pub(super) fn new(entries: u32, wake: Arc<OwnedFd>) -> io::Result<Self> {
-        let probe::Capable { uring, tier, truncates } = probe::build(entries)?;
+    /// The ring of the calling thread, with the descriptor that ends its waits.
+    pub(super) fn new(capable: Capable, wake: Arc<OwnedFd>) -> Self {
+        let Capable { uring, tier, truncates } = capable;
         let state = State { uring, operations: Slab::new(), generation: 0, backlog: VecDeque::new(), ready: Vec::new(), batch: Vec::new() };
         let ring = Self { tier, truncates, wake, state: RefCell::new(state) };
         ring.arm_wake();
-        Ok(ring)
+        ring
     }
 
     /// How this kernel delivers completions.
