@@ -1,7 +1,9 @@
 //! Names, time, chance and tasks of the real world.
 
+use std::cell::UnsafeCell;
 use std::ffi::CString;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -9,8 +11,9 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use io_uring::{opcode, squeue, types};
+use rustix::fs::Statx;
 
-use super::file::UringFile;
+use super::file::{self, UringFile};
 use super::operation::{CallKind, Output};
 use super::ring;
 use crate::runtime;
@@ -69,6 +72,32 @@ async fn open(directory: Option<Rc<OwnedFd>>, name: &Path, flags: i32, mode: u64
     }
 }
 
+/// Memory of a question about an open file.
+struct Question {
+    fd: OwnedFd,
+    answer: UnsafeCell<MaybeUninit<Statx>>,
+}
+
+// The kernel writes a whole `struct statx`, which has this size for ever (linux/stat.h).
+const _: () = assert!(size_of::<Statx>() == 256);
+
+/// What the system says about an open file, which may take a file server to find out.
+async fn examine(fd: OwnedFd) -> io::Result<(OwnedFd, Statx)> {
+    let question = Rc::new(Question { fd, answer: UnsafeCell::new(MaybeUninit::uninit()) });
+    let answer = question.answer.get().cast::<types::statx>();
+    let entry = opcode::Statx::new(types::Fd(question.fd.as_raw_fd()), c"".as_ptr(), answer)
+        .flags(libc::AT_EMPTY_PATH)
+        .mask(file::FACTS.bits())
+        .build();
+    let keep = Rc::clone(&question);
+    // SAFETY: the descriptor and the answer belong to what is kept and does not move; the empty name is static.
+    unsafe { call(entry, CallKind::Plain, keep) }.await?;
+    let question = Rc::into_inner(question).expect("an operation that has ended keeps nothing");
+    let answer = question.answer.into_inner();
+    // SAFETY: the kernel has reported success, so it has written the whole structure, any bytes of which are a valid one.
+    Ok((question.fd, unsafe { answer.assume_init() }))
+}
+
 /// Runs an operation for its success only.
 ///
 /// # Safety
@@ -104,7 +133,8 @@ impl Environment for UringEnvironment {
                 open(Some(Rc::new(directory)), name, flags, mode, Resolve::Beneath).await?
             }
         };
-        UringFile::adopt(fd, at.path(), cache)
+        let (fd, facts) = examine(fd).await?;
+        UringFile::adopt(fd, &facts, at.path(), cache)
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use io_uring::{opcode, squeue, types};
-use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
+use rustix::fs::{FileType, OFlags, Stat, Statx, StatxFlags};
 
 use super::locks;
 use super::operation::{CallKind, Output};
@@ -22,6 +22,9 @@ use crate::units::HostOffset;
 
 /// Stands in [`FileIdentity::device`] for block devices, which are told apart by their own number. No file system has it.
 const BLOCK_DEVICES: u64 = u64::MAX;
+
+/// What must be known of a file to use it.
+pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).union(StatxFlags::DIOALIGN);
 
 /// A file or block device whose operations go through the io_uring of the calling thread.
 ///
@@ -66,12 +69,18 @@ impl OpenFile {
 }
 
 impl UringFile {
-    /// Takes over a descriptor that was opened with `O_NONBLOCK` and without `O_DIRECT`, if it is of a kind that can hold an image.
-    pub(super) fn adopt(fd: OwnedFd, path: PathBuf, cache: CacheMode) -> io::Result<Self> {
-        let stat = rustix::fs::fstat(&fd)?;
-        let (kind, identity) = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => (Kind::Regular, FileIdentity { device: stat.st_dev, inode: stat.st_ino }),
-            FileType::BlockDevice => (Kind::BlockDevice, FileIdentity { device: BLOCK_DEVICES, inode: stat.st_rdev }),
+    /// Takes over a descriptor that was opened with `O_NONBLOCK` and without `O_DIRECT`, if it is of a kind that can hold an image. `facts`
+    /// are what the system says about it when asked for [`FACTS`].
+    pub(super) fn adopt(fd: OwnedFd, facts: &Statx, path: PathBuf, cache: CacheMode) -> io::Result<Self> {
+        let (kind, identity) = match FileType::from_raw_mode(facts.stx_mode.into()) {
+            FileType::RegularFile => {
+                let device = rustix::fs::makedev(facts.stx_dev_major, facts.stx_dev_minor);
+                (Kind::Regular, FileIdentity { device, inode: facts.stx_ino })
+            }
+            FileType::BlockDevice => {
+                let number = rustix::fs::makedev(facts.stx_rdev_major, facts.stx_rdev_minor);
+                (Kind::BlockDevice, FileIdentity { device: BLOCK_DEVICES, inode: number })
+            }
             other => {
                 let what = describe(other);
                 let message = format!("{} is {what}, neither a file nor a block device", path.display());
@@ -79,7 +88,7 @@ impl UringFile {
             }
         };
         let direct = match cache {
-            CacheMode::Direct => direct_alignment(&fd, kind).unwrap_or_else(|reason| {
+            CacheMode::Direct => direct_alignment(&fd, facts, kind).unwrap_or_else(|reason| {
                 tracing::warn!(path = %path.display(), reason, "O_DIRECT is not possible here: transfers go through the page cache");
                 None
             }),
@@ -270,14 +279,15 @@ impl Future for UringTransfer {
 }
 
 /// What `O_DIRECT` on this file asks of addresses in memory, or why it is not possible with our units.
-fn direct_alignment(fd: &OwnedFd, kind: Kind) -> Result<Option<usize>, &'static str> {
-    let (memory, offset) = match rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
-        Ok(answer) if answer.stx_mask & StatxFlags::DIOALIGN.bits() != 0 => (answer.stx_dio_mem_align, answer.stx_dio_offset_align),
+fn direct_alignment(fd: &OwnedFd, facts: &Statx, kind: Kind) -> Result<Option<usize>, &'static str> {
+    let (memory, offset) = if facts.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
+        (facts.stx_dio_mem_align, facts.stx_dio_offset_align)
+    } else {
         // Linux before 6.1, or a file system that does not say.
-        _ => match kind {
+        match kind {
             Kind::Regular => (512, 512),
             Kind::BlockDevice => rustix::fs::ioctl_blksszget(fd).map_or((512, 512), |sector| (sector, sector)),
-        },
+        }
     };
     if memory == 0 || offset == 0 {
         return Err("the file system has no O_DIRECT for this file");

@@ -75,7 +75,7 @@ fn examine(uring: IoUring, tier: Tier) -> io::Result<Capable> {
     }
     let mut probe = Probe::new();
     uring.submitter().register_probe(&mut probe)?;
-    let needed = [opcode::OpenAt2::CODE, opcode::RenameAt::CODE, opcode::UnlinkAt::CODE, opcode::Fallocate::CODE];
+    let needed = [opcode::OpenAt2::CODE, opcode::RenameAt::CODE, opcode::UnlinkAt::CODE, opcode::Fallocate::CODE, opcode::Statx::CODE];
     if !needed.iter().all(|code| probe.is_supported(*code)) {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring lacks operations: Linux 5.15 or newer is needed"));
     }

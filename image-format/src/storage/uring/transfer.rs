@@ -159,13 +159,16 @@ fn fits_direct(vectors: &[libc::iovec], memory_alignment: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::file::UringFile;
+    use rustix::fs::AtFlags;
+
+    use super::super::file::{FACTS, UringFile};
     use super::*;
     use crate::storage::CacheMode;
 
     fn file(cache: CacheMode) -> Arc<OpenFile> {
         let file = tempfile::tempfile().expect("a temporary file");
-        UringFile::adopt(file.into(), "image".into(), cache).expect("a file").open_file()
+        let facts = rustix::fs::statx(&file, c"", AtFlags::EMPTY_PATH, FACTS).expect("facts about it");
+        UringFile::adopt(file.into(), &facts, "image".into(), cache).expect("a file").open_file()
     }
 
     fn transfer(cache: CacheMode, direction: Direction, buffer: impl Into<Buffer>) -> TransferWork {
