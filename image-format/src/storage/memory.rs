@@ -26,7 +26,7 @@ use crate::units::{HostOffset, SECTOR_BYTES};
 const DEADLOCK_AFTER: Duration = Duration::from_secs(60);
 
 /// 2026-01-01 00:00 UTC, where the still clock begins.
-const STILL_WALL_CLOCK: Duration = Duration::from_secs(1_767_225_600);
+pub(super) const STILL_WALL_CLOCK: Duration = Duration::from_secs(1_767_225_600);
 
 /// Named files in memory, with a clock that either is the system's or stands still until it is moved. Clones are the same environment.
 #[derive(Clone, Debug)]

@@ -10,6 +10,7 @@ mod chance;
 mod memory;
 mod names;
 mod sharing;
+pub mod simulated;
 mod sparse;
 pub mod uring;
 

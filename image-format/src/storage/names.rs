@@ -12,7 +12,7 @@ use super::Location;
 const MAX_LINKS: usize = 40;
 
 /// What a name stands for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Entry<F> {
     /// A file.
     File(F),
@@ -88,6 +88,11 @@ impl<F: Clone> Names<F> {
             return Err(io::ErrorKind::IsADirectory.into());
         }
         self.entries.remove(path).map(|_| ()).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// What a resolved name stands for.
+    pub(super) fn get(&self, path: &Path) -> Option<&Entry<F>> {
+        self.entries.get(path)
     }
 
     /// Sets or takes away what a resolved name stands for, without asking.

@@ -72,15 +72,32 @@ impl SparseBytes {
         Ok(())
     }
 
+    /// Whether a file can have bytes there at all.
+    pub(super) fn admit(at: u64, len: u64) -> io::Result<()> {
+        at.checked_add(len).filter(|end| *end <= MAX_LEN).map(|_| ()).ok_or_else(too_big)
+    }
+
+    /// Whether so much space can be had there.
+    pub(super) fn admit_space(at: u64, len: u64) -> io::Result<()> {
+        Self::admit(at, len)?;
+        match len {
+            0 => Err(io::ErrorKind::InvalidInput.into()),
+            1..=MAX_ALLOCATION => Ok(()),
+            _ => Err(io::ErrorKind::StorageFull.into()),
+        }
+    }
+
+    /// Space that has to be found before the range has it everywhere.
+    pub(super) fn missing_space(&self, at: u64, len: u64) -> u64 {
+        let numbers = at / PAGE..at.saturating_add(len).div_ceil(PAGE);
+        let present = self.pages.range(numbers.clone()).count() as u64;
+        (numbers.end.saturating_sub(numbers.start) - present) * PAGE
+    }
+
     /// Gives space to every page of the range that has none, growing the file to its end.
     pub(super) fn allocate(&mut self, at: u64, len: u64) -> io::Result<()> {
-        let end = at.checked_add(len).filter(|end| *end <= MAX_LEN).ok_or_else(too_big)?;
-        if len == 0 {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        if len > MAX_ALLOCATION {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
+        Self::admit_space(at, len)?;
+        let end = at + len;
         for number in at / PAGE..end.div_ceil(PAGE) {
             self.pages.entry(number).or_insert(None);
         }
@@ -90,11 +107,11 @@ impl SparseBytes {
 
     /// Zeros the range and takes the space of its whole pages away. The length stays.
     pub(super) fn punch(&mut self, at: u64, len: u64) -> io::Result<()> {
-        let end = at.checked_add(len).filter(|end| *end <= MAX_LEN).ok_or_else(too_big)?;
+        Self::admit(at, len)?;
         if len == 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        self.zero(at, end);
+        self.zero(at, at + len);
         Ok(())
     }
 

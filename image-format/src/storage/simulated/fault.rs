@@ -1,0 +1,170 @@
+//! Failures that a test asks for, and the record of what happened.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What an operation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum OperationKind {
+    /// Opening an existing file.
+    Open,
+    /// Creating a file.
+    Create,
+    /// A read.
+    Read,
+    /// A write.
+    Write,
+    /// Making a file durable.
+    Flush,
+    /// Getting space.
+    Allocate,
+    /// Making a hole.
+    Punch,
+    /// Setting a length.
+    SetLen,
+    /// Renaming.
+    Rename,
+    /// Removing a name.
+    Remove,
+    /// Making names durable.
+    FlushDirectory,
+}
+
+impl OperationKind {
+    /// All kinds.
+    pub const ALL: [Self; 11] = [
+        Self::Open,
+        Self::Create,
+        Self::Read,
+        Self::Write,
+        Self::Flush,
+        Self::Allocate,
+        Self::Punch,
+        Self::SetLen,
+        Self::Rename,
+        Self::Remove,
+        Self::FlushDirectory,
+    ];
+
+    /// Whether it changes what is on the medium or how durable that is.
+    pub fn changes(self) -> bool {
+        !matches!(self, Self::Open | Self::Read)
+    }
+}
+
+/// Which operations fail, and how.
+#[derive(Clone, Debug)]
+pub struct Fault {
+    /// Operations of this kind only; `None`: of any kind.
+    pub kind: Option<OperationKind>,
+    /// Operations on this file or directory only (the path under which a file was opened); `None`: on any.
+    pub path: Option<PathBuf>,
+    /// How many such operations pass unharmed first.
+    pub after: u64,
+    /// Whether all later ones fail too, or only one.
+    pub lasting: bool,
+    /// What happens to them.
+    pub effect: FaultEffect,
+}
+
+/// What happens to an operation that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultEffect {
+    /// It ends with this `errno`. A write may have written any part; a flush has left the cache in an unknown state.
+    Error(i32),
+    /// It does not end before [`release_hung`](super::SimulatedEnvironment::release_hung).
+    Hang,
+}
+
+impl Fault {
+    /// The operation of this kind after `after` others ends with an I/O error, once.
+    pub fn once(kind: OperationKind, after: u64) -> Self {
+        Self { kind: Some(kind), path: None, after, lasting: false, effect: FaultEffect::Error(libc::EIO) }
+    }
+
+    /// As [`once`](Self::once), and all later ones of the kind too.
+    pub fn lasting(kind: OperationKind, after: u64) -> Self {
+        Self { lasting: true, ..Self::once(kind, after) }
+    }
+
+    /// Narrows it to one file or directory.
+    #[must_use]
+    pub fn on(self, path: impl Into<PathBuf>) -> Self {
+        Self { path: Some(path.into()), ..self }
+    }
+
+    /// Another effect.
+    #[must_use]
+    pub fn with(self, effect: FaultEffect) -> Self {
+        Self { effect, ..self }
+    }
+}
+
+/// Faults that wait for their operation.
+#[derive(Debug, Default)]
+pub(super) struct Faults(Vec<Fault>);
+
+impl Faults {
+    pub(super) fn add(&mut self, fault: Fault) {
+        self.0.push(fault);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// What happens to an operation that begins now. Every fault that it matches counts it.
+    pub(super) fn meet(&mut self, kind: OperationKind, path: &Path) -> Option<FaultEffect> {
+        let mut effect = None;
+        self.0.retain_mut(|fault| {
+            let matches = fault.kind.is_none_or(|of| of == kind) && fault.path.as_deref().is_none_or(|of| of == path);
+            if !matches {
+                return true;
+            }
+            if fault.after > 0 {
+                fault.after -= 1;
+                return true;
+            }
+            effect = effect.or(Some(fault.effect));
+            fault.lasting
+        });
+        effect
+    }
+}
+
+/// One operation that has taken effect, for tests that look at the order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// Virtual time of its effect.
+    pub time: Duration,
+    /// What it was.
+    pub kind: OperationKind,
+    /// The path under which the file was opened, or the directory.
+    pub path: PathBuf,
+    /// First byte, or the length to be set.
+    pub at: u64,
+    /// Number of bytes.
+    pub len: u64,
+    /// Whether it failed.
+    pub failed: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_meets_the_operation_that_it_names() {
+        let mut faults = Faults::default();
+        faults.add(Fault::once(OperationKind::Write, 1).on("/a"));
+        let mut meet = |kind, path: &str| faults.meet(kind, Path::new(path)).is_some();
+        assert!(!meet(OperationKind::Write, "/a"));
+        assert!(!meet(OperationKind::Write, "/b"));
+        assert!(!meet(OperationKind::Read, "/a"));
+        assert!(meet(OperationKind::Write, "/a"));
+        assert!(!meet(OperationKind::Write, "/a"));
+        faults.add(Fault::lasting(OperationKind::Flush, 0));
+        assert!(faults.meet(OperationKind::Flush, Path::new("/b")).is_some());
+        assert!(faults.meet(OperationKind::Flush, Path::new("/b")).is_some());
+    }
+}
