@@ -23,7 +23,7 @@ use crate::storage::{Access, CacheMode, Environment, Location};
 const NEW_FILE_MODE: u64 = 0o600;
 
 /// The real world over the io_uring of the calling thread. Its futures belong into tasks of a [`Reactor`](super::Reactor), whose thread has
-/// entered it.
+/// entered it. New files are for their owner only (mode 0600).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UringEnvironment;
 

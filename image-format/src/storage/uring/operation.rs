@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 
 use io_uring::{opcode, squeue, types};
+use rustix::event::epoll;
 
 use super::transfer::TransferWork;
 use crate::storage::Transferred;
@@ -124,6 +125,8 @@ impl CallWork {
 /// A descriptor whose readiness is reported under a token, again and again.
 pub(super) struct WatchWork {
     fd: OwnedFd,
+    /// Regular files and the like are ready at all times, so waiting for them would never wait.
+    can_wait: bool,
     pub(super) token: u64,
     /// Whether it is in the list of those to report.
     pub(super) is_reported: bool,
@@ -131,7 +134,8 @@ pub(super) struct WatchWork {
 
 impl WatchWork {
     pub(super) fn new(fd: OwnedFd, token: u64) -> Self {
-        Self { fd, token, is_reported: false }
+        let can_wait = can_wait(&fd);
+        Self { fd, can_wait, token, is_reported: false }
     }
 
     fn entry(&self) -> squeue::Entry {
@@ -142,11 +146,17 @@ impl WatchWork {
         let ends = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
         if more {
             Next::Wait
-        } else if result < 0 || result & i32::from(ends) != 0 {
+        } else if !self.can_wait || result < 0 || result & i32::from(ends) != 0 {
             // Armed again it would be ready again at once, for ever.
             Next::Finished(Output::WatchEnded(self.token))
         } else {
             Next::Again
         }
     }
+}
+
+/// Whether the descriptor tells when it becomes ready. Epoll is the one interface that says so.
+fn can_wait(fd: &OwnedFd) -> bool {
+    let Ok(epoll) = epoll::create(epoll::CreateFlags::CLOEXEC) else { return true };
+    epoll::add(&epoll, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN) != Err(rustix::io::Errno::PERM)
 }

@@ -273,6 +273,23 @@ mod tests {
     }
 
     #[test]
+    fn descriptors_that_are_always_ready_do_not_keep_the_thread_busy() {
+        for reactor in reactors() {
+            let files = [tempfile::tempfile(), std::fs::File::open("/dev/zero"), std::fs::File::open("/proc/self/mountinfo")];
+            let _watches: Vec<_> =
+                files.into_iter().zip(0..).map(|(file, token)| reactor.watch(file.expect("a file").into(), token)).collect();
+            let deadline = UringEnvironment.now() + Duration::from_millis(20);
+            let (mut reports, mut turns) = (Vec::new(), 0);
+            while UringEnvironment.now() < deadline {
+                reactor.turn(Wait::Until(deadline)).expect("a turn");
+                reactor.take_events(&mut reports);
+                turns += 1;
+            }
+            assert!(reports.len() <= 6 && turns <= 20, "{} reports in {turns} turns", reports.len());
+        }
+    }
+
+    #[test]
     fn timers_end_in_the_order_of_their_deadlines() {
         for reactor in reactors() {
             let order = reactor.block_on(async {
