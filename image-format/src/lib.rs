@@ -2,12 +2,18 @@
 //!
 //! - [`units`], [`buffer`], [`extent`], [`error`]: the words that everything else is written in.
 //! - [`storage`], [`runtime`]: what lies beneath: files, time, chance, tasks; real or simulated.
+//! - [`raw`], [`qcow2`]: one image each; [`layer`]: an image as one layer of a stack.
+//! - [`chain`]: which images belong together, by the names in their headers.
 //!
 //! The library knows no socket, no virtqueue and no guest memory. docs/ARCHITECTURE.md shows how the parts fit together.
 
 pub mod buffer;
+pub mod chain;
 pub mod error;
 pub mod extent;
+pub mod layer;
+pub mod qcow2;
+pub mod raw;
 pub mod runtime;
 pub mod storage;
 pub mod units;

@@ -1,0 +1,346 @@
+//! Finding space in the file.
+//!
+//! Allocating takes a cluster from a list and counts it in memory: no I/O. The list holds free clusters whose refcount block is in memory
+//! and whose space the file system has promised; filling it up is done ahead of use, by one task at a time. Counts reach the file with the
+//! next write-back, before anything there refers to the clusters, so a crash leaves at most clusters counted that nothing refers to.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
+
+use crate::error::{LayerError, Structure};
+use crate::storage::{Environment, Storage, StorageExt};
+use crate::units::HostOffset;
+
+use super::Inner;
+use super::busy::Fresh;
+use super::geometry::{Geometry, HostCluster};
+use super::refcount::{BlockState, Refcounts};
+use super::turn::TurnGuard;
+
+/// Space that is promised at a time: at first, and after it has doubled several times.
+const FIRST_BATCH_BYTES: u64 = 8 << 20;
+const LAST_BATCH_BYTES: u64 = 64 << 20;
+/// Least and most clusters promised at a time.
+const BATCH_CLUSTERS: std::ops::RangeInclusive<u64> = 8..=8192;
+/// Refcount blocks that one filling-up looks through for free clusters, before it appends to the file.
+const SCAN_BLOCKS: u32 = 4;
+
+/// Free space, and the counts of what is used.
+#[derive(Debug)]
+pub(super) struct Allocator {
+    geometry: Geometry,
+    pub(super) refcounts: Refcounts,
+    /// Ready to be used, lowest first.
+    ready: VecDeque<ReadyRun>,
+    ready_clusters: u64,
+    /// Known to be free; by first cluster.
+    free: BTreeMap<u64, u64>,
+    /// Clusters from here up to `scan_end` have not been looked at.
+    scan: u64,
+    scan_end: u64,
+    /// First cluster after everything that was counted when the image was opened.
+    used_end: u64,
+    /// First cluster after everything that is or may be used: appending goes on here.
+    pub(super) end: u64,
+    /// Clusters from here on have never been in the file, so they read as zeros.
+    zero_from: u64,
+    /// Clusters of a medium that cannot grow.
+    limit: Option<u64>,
+    batch_bytes: u64,
+    /// The last attempt to fill up failed: only those who need a cluster try again.
+    starved: bool,
+}
+
+#[derive(Clone, Debug)]
+struct ReadyRun {
+    clusters: Range<u64>,
+    reads_zero: bool,
+}
+
+impl Allocator {
+    /// `used_end`: first cluster after the last that is counted. `file_clusters`: clusters of the file now, the last perhaps in part.
+    pub(super) fn new(geometry: Geometry, refcounts: Refcounts, used_end: u64, file_clusters: u64) -> Self {
+        let end = used_end.max(file_clusters);
+        Self {
+            geometry,
+            refcounts,
+            ready: VecDeque::new(),
+            ready_clusters: 0,
+            free: BTreeMap::new(),
+            scan: 1,
+            scan_end: used_end,
+            used_end,
+            end,
+            zero_from: file_clusters,
+            limit: None,
+            batch_bytes: FIRST_BATCH_BYTES,
+            starved: false,
+        }
+    }
+
+    /// Takes one cluster, if one is ready, and counts it.
+    pub(super) fn take(&mut self) -> Option<Fresh> {
+        let run = self.ready.front_mut()?;
+        let cluster = HostCluster(run.clusters.start);
+        let reads_zero = run.reads_zero;
+        run.clusters.start += 1;
+        if run.clusters.is_empty() {
+            self.ready.pop_front();
+        }
+        self.ready_clusters -= 1;
+        self.refcounts.set(cluster, 1);
+        Some(Fresh { host: self.geometry.host_offset(cluster), reads_zero })
+    }
+
+    fn is_low(&self) -> bool {
+        !self.starved && self.ready_clusters < (self.batch_clusters() / 4).max(1)
+    }
+
+    fn batch_clusters(&self) -> u64 {
+        (self.batch_bytes >> self.geometry.cluster_bits()).clamp(*BATCH_CLUSTERS.start(), *BATCH_CLUSTERS.end())
+    }
+
+    fn push_ready(&mut self, clusters: Range<u64>, reads_zero: bool) {
+        if !clusters.is_empty() {
+            self.ready_clusters += clusters.end - clusters.start;
+            self.ready.push_back(ReadyRun { clusters, reads_zero });
+        }
+    }
+
+    /// Adds free clusters that may be used again. Those that have not been looked at yet are left for the scan, which would find them a
+    /// second time.
+    pub(super) fn add_free(&mut self, clusters: Range<u64>) {
+        self.starved = false;
+        self.add_free_run(clusters.start..clusters.end.min(self.scan));
+        self.add_free_run(clusters.start.max(self.scan_end)..clusters.end);
+    }
+
+    fn add_free_run(&mut self, clusters: Range<u64>) {
+        if clusters.is_empty() {
+            return;
+        }
+        let (mut start, mut end) = (clusters.start, clusters.end);
+        if let Some((&before, &len)) = self.free.range(..start).next_back() {
+            debug_assert!(before + len <= start, "clusters are freed once");
+            if before + len == start {
+                self.free.remove(&before);
+                start = before;
+            }
+        }
+        if let Some(len) = self.free.remove(&end) {
+            end += len;
+        }
+        self.free.insert(start, end - start);
+    }
+
+    /// The first run of known free clusters, at most `limit` of them and within one refcount block.
+    fn take_free(&mut self, limit: u64) -> Option<Range<u64>> {
+        let (start, len) = self.free.pop_first()?;
+        let per_block = self.geometry.refcounts_per_block();
+        let take = len.min(limit).min(per_block - start % per_block);
+        if take < len {
+            self.free.insert(start + take, len - take);
+        }
+        Some(start..start + take)
+    }
+
+    /// Gives up all clusters that are ready: nothing will be written any more. Returns them.
+    pub(super) fn clear_ready(&mut self) -> Vec<Range<u64>> {
+        self.ready_clusters = 0;
+        self.ready.drain(..).map(|run| run.clusters).collect()
+    }
+}
+
+impl<E: Environment> Inner<E> {
+    /// The allocator. Never held across an await.
+    pub(super) fn allocator(&self) -> MutexGuard<'_, Allocator> {
+        self.allocator.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes one cluster; fills up first if none is ready.
+    pub(super) async fn allocate(&self) -> Result<Fresh, LayerError> {
+        loop {
+            if let Some(fresh) = self.allocator().take() {
+                return Ok(fresh);
+            }
+            self.fill_up().await?;
+        }
+    }
+
+    /// Sees to it that a cluster is ready.
+    pub(super) async fn fill_up(&self) -> Result<(), LayerError> {
+        let turn = self.refcount_turn.take().await;
+        if self.allocator().ready_clusters > 0 {
+            return Ok(());
+        }
+        self.fill_up_in_turn(&turn).await
+    }
+
+    /// Fills up ahead of need, unless somebody does already.
+    pub(super) async fn top_up(&self) {
+        if !self.allocator().is_low() {
+            return;
+        }
+        if let Some(turn) = self.refcount_turn.try_take() {
+            let filled = self.fill_up_in_turn(&turn).await;
+            // The error itself is for whoever needs a cluster and finds none.
+            self.allocator().starved = filled.is_err();
+        }
+    }
+
+    async fn fill_up_in_turn(&self, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
+        let wanted = self.allocator().batch_clusters();
+        let mut found = 0;
+        for _ in 0..SCAN_BLOCKS {
+            found += self.use_free(wanted - found, turn).await?;
+            if found >= wanted || !self.scan_block(turn).await? {
+                break;
+            }
+        }
+        found += self.use_free(wanted - found, turn).await?;
+        if found > 0 {
+            return Ok(());
+        }
+        self.append(wanted, turn).await
+    }
+
+    /// Moves known free clusters to the ready ones. Returns how many.
+    async fn use_free(&self, wanted: u64, turn: &TurnGuard<'_>) -> Result<u64, LayerError> {
+        let mut found = 0;
+        while found < wanted {
+            let Some(run) = self.allocator().take_free(wanted - found) else { break };
+            let (index, _) = self.format.geometry.locate_refcount(HostCluster(run.start));
+            self.load_refcounts(index, turn).await?;
+            self.check_free(run.clone())?;
+            found += run.end - run.start;
+            self.allocator().push_ready(run, false);
+        }
+        Ok(found)
+    }
+
+    /// Looks through the next refcount block for free clusters. `false`: all have been looked through.
+    async fn scan_block(&self, turn: &TurnGuard<'_>) -> Result<bool, LayerError> {
+        let per_block = self.format.geometry.refcounts_per_block();
+        let (from, end) = {
+            let allocator = self.allocator();
+            (allocator.scan, allocator.scan_end)
+        };
+        if from >= end {
+            return Ok(false);
+        }
+        let index = from / per_block;
+        self.load_refcounts(index, turn).await?;
+        let mut allocator = self.allocator();
+        let runs = allocator.refcounts.free_runs(index, from, end);
+        allocator.scan = ((index + 1) * per_block).min(end);
+        for run in runs {
+            allocator.add_free(run);
+        }
+        Ok(true)
+    }
+
+    /// Counted as free, but used by metadata: the counts are wrong, and writing there would destroy the image.
+    fn check_free(&self, clusters: Range<u64>) -> Result<(), LayerError> {
+        let metadata = self.metadata();
+        for cluster in clusters {
+            if metadata.contains(cluster) {
+                let at = self.format.geometry.host_offset(HostCluster(cluster));
+                let detail = "a cluster with metadata has the refcount zero";
+                return Err(self.fail(LayerError::Corrupt { what: Structure::RefcountBlock, at, detail }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the file longer by `wanted` clusters or, if there is no room, by fewer.
+    async fn append(&self, wanted: u64, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
+        let mut clusters = wanted;
+        loop {
+            match self.append_clusters(clusters, turn).await {
+                Ok(first) => {
+                    let mut allocator = self.allocator();
+                    let reads_zero = first.0 >= allocator.zero_from;
+                    allocator.push_ready(first.0..first.0 + clusters, reads_zero);
+                    allocator.batch_bytes = (allocator.batch_bytes * 2).min(LAST_BATCH_BYTES);
+                    return Ok(());
+                }
+                Err(error) if error.is_no_space() && clusters > 1 => clusters /= 2,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Adds `clusters` adjacent clusters, not counted yet, at the end of the file; their refcount blocks are in memory afterwards.
+    pub(super) async fn append_clusters(&self, clusters: u64, turn: &TurnGuard<'_>) -> Result<HostCluster, LayerError> {
+        let geometry = self.format.geometry;
+        loop {
+            let (end, plan, limit) = {
+                let allocator = self.allocator();
+                let plan = allocator.refcounts.plan_append(allocator.end, clusters).map_err(|limit| LayerError::TooLarge { limit })?;
+                (allocator.end, plan, allocator.limit)
+            };
+            let per_block = geometry.refcounts_per_block();
+            for index in end / per_block..=(end + plan.total() - 1) / per_block {
+                self.load_refcounts(index, turn).await?;
+            }
+            let at = geometry.host_offset(HostCluster(end));
+            if limit.is_some_and(|limit| end + plan.total() > limit) {
+                return Err(LayerError::io("extend", Structure::File, at, io::ErrorKind::StorageFull.into()));
+            }
+            if !self.promise_space(at, plan.total() * geometry.cluster_bytes(), limit.is_some()).await? {
+                continue;
+            }
+            let mut allocator = self.allocator();
+            let (first, metadata) = allocator.refcounts.append(end, plan);
+            allocator.end = end + plan.total();
+            self.data_limit.store(allocator.end, Ordering::Release);
+            drop(allocator);
+            self.metadata_mut().add(metadata);
+            return Ok(first);
+        }
+    }
+
+    /// Gets space at the end of the file. `false`: the medium turns out not to grow, and appending must start elsewhere.
+    async fn promise_space(&self, at: HostOffset, len: u64, fixed_size: bool) -> Result<bool, LayerError> {
+        let error = |error| LayerError::io("extend", Structure::File, at, error);
+        if fixed_size {
+            return Ok(true);
+        }
+        match self.file.allocate(at, len).await {
+            Ok(()) => return Ok(true),
+            Err(refused) if refused.kind() != io::ErrorKind::Unsupported => return Err(error(refused)),
+            Err(_) => {}
+        }
+        match self.file.set_len(at.get() + len).await {
+            Ok(()) => Ok(true),
+            Err(refused) if refused.kind() != io::ErrorKind::Unsupported => Err(error(refused)),
+            Err(_) => {
+                // A block device: all of it is there from the start, and only the counts say how far it is used.
+                let clusters = self.file.length().map_err(error)? >> self.format.geometry.cluster_bits();
+                let mut allocator = self.allocator();
+                allocator.limit = Some(clusters);
+                allocator.end = allocator.used_end;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Reads a refcount block into memory, if it exists and is not there.
+    pub(super) async fn load_refcounts(&self, index: u64, _turn: &TurnGuard<'_>) -> Result<(), LayerError> {
+        let BlockState::Unloaded(at) = self.allocator().refcounts.block_state(index) else { return Ok(()) };
+        let what = Structure::RefcountBlock;
+        let len = self.format.geometry.cluster_len();
+        let bytes = self.file.read_bytes(at, len).await.map_err(|error| LayerError::io("read", what, at, error))?;
+        let mut allocator = self.allocator();
+        let Allocator { refcounts, ready, geometry, .. } = &mut *allocator;
+        let per_block = geometry.refcounts_per_block();
+        // Taking a cluster that is ready must find its block in memory.
+        let needed =
+            |index: u64| ready.iter().any(|run| run.clusters.start / per_block <= index && index <= (run.clusters.end - 1) / per_block);
+        refcounts.insert(index, &bytes, needed);
+        Ok(())
+    }
+}

@@ -1,0 +1,130 @@
+//! The ends of an image's time as the top of a stack: getting ready for the first writes, and freezing.
+
+use std::sync::atomic::Ordering;
+
+use crate::error::{LayerError, Structure};
+use crate::storage::{Environment, Storage};
+
+use super::geometry::HostCluster;
+use super::{Inner, Qcow2, READ_CACHE_BYTES};
+
+/// L2 tables are made ahead of use if all of them together take no more than this.
+const WARM_TABLE_BYTES: u64 = 16 << 20;
+
+impl<E: Environment> Qcow2<E> {
+    pub(crate) fn admit_write(&self) -> Result<(), LayerError> {
+        self.inner.admit_write()
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), LayerError> {
+        if self.inner.is_read_only() {
+            // Nothing has been written since it was opened or frozen, and freezing has flushed.
+            return Ok(());
+        }
+        self.inner.write_back().await
+    }
+
+    pub(crate) async fn warm(&self) -> Result<(), LayerError> {
+        let inner = &self.inner;
+        inner.admit_write()?;
+        let geometry = &inner.format.geometry;
+        let tables = geometry.l1_entries(inner.virtual_size());
+        if tables.saturating_mul(geometry.cluster_bytes()) <= WARM_TABLE_BYTES {
+            for l1_index in 0..u32::try_from(tables).expect("an L1 table has at most 32 MiB") {
+                // A table that an internal snapshot shares is copied when it must be, not before.
+                if inner.l1().table(l1_index).is_none() {
+                    inner.make_table(l1_index).await?;
+                }
+            }
+        }
+        inner.fill_up().await?;
+        inner.write_back().await
+    }
+
+    pub(crate) async fn freeze(&self) -> Result<(), LayerError> {
+        let inner = &self.inner;
+        if inner.is_read_only() {
+            return inner.admit_flush();
+        }
+        inner.read_only.store(true, Ordering::Release);
+        inner.write_back().await?;
+        // The caller says that no request uses the image for writing any more, so nobody can be writing to these.
+        let unmapped = std::mem::take(&mut inner.unmapped().ready);
+        inner.lower(unmapped).await?;
+        let end = inner.give_back_reserves().await?;
+        inner
+            .write_back_and(async |inner: &Inner<E>| {
+                inner.trim(end).await?;
+                inner.flush_device().await
+            })
+            .await?;
+        inner.slices.set_budget(READ_CACHE_BYTES);
+        Ok(())
+    }
+}
+
+impl<E: Environment> Inner<E> {
+    /// Gives the space of clusters back that were ready for use, and returns the first cluster after all that are in use.
+    async fn give_back_reserves(&self) -> Result<HostCluster, LayerError> {
+        let turn = self.refcount_turn.take().await;
+        let geometry = &self.format.geometry;
+        let (mut end, reserves) = {
+            let mut allocator = self.allocator();
+            (allocator.end, allocator.clear_ready())
+        };
+        for run in reserves {
+            let at = geometry.host_offset(HostCluster(run.start));
+            // They hold nothing; a medium that cannot take their space back keeps it.
+            let _ = self.file.punch(at, (run.end - run.start) * geometry.cluster_bytes()).await;
+        }
+        while end > self.opened_clusters {
+            let last = HostCluster(end - 1);
+            self.load_refcounts(geometry.locate_refcount(last).0, &turn).await?;
+            if self.allocator().refcounts.get(last) != Some(0) {
+                break;
+            }
+            end -= 1;
+        }
+        Ok(HostCluster(end))
+    }
+
+    /// Cuts the file after the last cluster in use, which [`give_back_reserves`](Self::give_back_reserves) never puts before the length at
+    /// opening: counts that were wrong then must not cost data.
+    async fn trim(&self, end: HostCluster) -> Result<(), LayerError> {
+        let len = self.format.geometry.host_offset(end);
+        let error = |error| LayerError::io("trim", Structure::File, len, error);
+        if self.file.length().map_err(error)? <= len.get() {
+            return Ok(());
+        }
+        match self.file.set_len(len.get()).await {
+            Ok(()) => Ok(()),
+            // A block device.
+            Err(refused) if refused.kind() == std::io::ErrorKind::Unsupported => Ok(()),
+            Err(refused) => Err(error(refused)),
+        }
+    }
+
+    /// Whether the image was opened for reading, or has been frozen.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// Remembers the first failure after which what is in the file is unknown. Returns it.
+    pub(super) fn fail(&self, error: LayerError) -> LayerError {
+        // Only the first is kept: later ones say no more.
+        let _ = self.failed.set(error.clone());
+        error
+    }
+
+    pub(super) fn admit_write(&self) -> Result<(), LayerError> {
+        self.admit_flush()?;
+        if self.is_read_only() { Err(LayerError::ReadOnly) } else { Ok(()) }
+    }
+
+    pub(super) fn admit_flush(&self) -> Result<(), LayerError> {
+        match self.failed.get() {
+            Some(cause) => Err(LayerError::Failed(Box::new(cause.clone()))),
+            None => Ok(()),
+        }
+    }
+}

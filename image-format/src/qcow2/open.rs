@@ -1,0 +1,231 @@
+//! Opening an image: everything that the header points to is checked before it is used.
+
+use std::ffi::OsString;
+use std::io;
+use std::sync::atomic::Ordering;
+
+use crate::error::{LayerError, Structure};
+use crate::storage::{Environment, Storage, StorageExt};
+use crate::units::HostOffset;
+
+use super::allocate::Allocator;
+use super::geometry::{Geometry, HostCluster};
+use super::header::{Header, HeaderError};
+use super::l1::{L1, decode_l1_entry, words_from};
+use super::overlap::MetadataMap;
+use super::refcount::{Refcounts, read_refcount};
+use super::snapshot::{SnapshotError, Snapshots};
+use super::{Inner, Qcow2};
+
+/// How to open an image.
+#[derive(Debug)]
+pub struct OpenOptions<E: Environment> {
+    /// Whether it will be written to.
+    pub writable: bool,
+    /// The external data file, opened by the caller, if the image has one. Opening it is the caller's decision: the name in the header is a
+    /// stranger's word.
+    pub data_file: Option<E::File>,
+    /// Bytes of clean L2 slices to keep in memory; `None` for the default.
+    pub l2_cache_bytes: Option<usize>,
+}
+
+impl<E: Environment> OpenOptions<E> {
+    /// For reading.
+    pub fn reading() -> Self {
+        Self { writable: false, data_file: None, l2_cache_bytes: None }
+    }
+
+    /// For reading and writing.
+    pub fn writing() -> Self {
+        Self { writable: true, data_file: None, l2_cache_bytes: None }
+    }
+}
+
+/// Why an image cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what each variant and its numbers mean")]
+pub enum OpenError {
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    #[error("cannot read the {what} at {at}: {source}")]
+    Read {
+        what: Structure,
+        at: HostOffset,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the image is marked as corrupt, so it can be opened for reading only; repair it with `qemu-img check -r all`")]
+    CorruptForWriting,
+    #[error("the image keeps its data in an external data file{}, which must be allowed by name", name_note(.name.as_ref()))]
+    DataFileMissing { name: Option<OsString> },
+    #[error("an external data file was given, but the image has none")]
+    DataFileUnexpected,
+    #[error("images with an external data file can be opened for reading only")]
+    DataFileForWriting,
+    #[error("the refcounts were not brought up to date; repair them with `qemu-img check -r all`")]
+    Dirty,
+    #[error("L1 entry {index}: {detail}")]
+    L1Entry { index: u32, detail: &'static str },
+    #[error("L1 entry {index} points to {at}, outside the file")]
+    L1EntryOutside { index: u32, at: HostOffset },
+    #[error("entry {index} of the refcount table, {word:#x}, is not the position of a cluster")]
+    RefcountTableEntry { index: u64, word: u64 },
+    #[error("entry {index} of the refcount table points to {at}, outside the file")]
+    RefcountTableEntryOutside { index: u64, at: HostOffset },
+    #[error("the {first} and the {second} overlap at {at}")]
+    Overlap { first: &'static str, second: &'static str, at: HostOffset },
+    #[error("the table of internal snapshots: {0}")]
+    Snapshots(#[from] SnapshotError),
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+}
+
+fn name_note(name: Option<&OsString>) -> String {
+    name.map(|name| format!(" ({name:?})")).unwrap_or_default()
+}
+
+impl<E: Environment> Qcow2<E> {
+    /// Opens the image in `file`.
+    ///
+    /// # Errors
+    /// If it cannot be read or makes no sense; for writing also if it may not be written to.
+    pub async fn open(file: E::File, options: OpenOptions<E>) -> Result<Self, OpenError> {
+        let header = Header::read(&file).await?;
+        Self::open_with_header(file, header, options).await
+    }
+
+    /// As [`open`](Self::open), with the header that the caller has read already to look at the names in it.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub async fn open_with_header(file: E::File, header: Header, options: OpenOptions<E>) -> Result<Self, OpenError> {
+        admit(&header, &options)?;
+        let l1 = read_l1(&file, &header).await?;
+        let snapshots = Snapshots::read(&file, &header).await?;
+        let mut inner = Inner::new(file, header, l1, snapshots, options);
+        if !inner.is_read_only() {
+            inner.prepare_writing().await?;
+        }
+        Ok(Self::from_inner(inner))
+    }
+}
+
+/// Whether an image with such a header may be opened so.
+fn admit<E: Environment>(header: &Header, options: &OpenOptions<E>) -> Result<(), OpenError> {
+    if options.writable && header.is_corrupt() {
+        return Err(OpenError::CorruptForWriting);
+    }
+    if options.writable && header.is_dirty() {
+        return Err(OpenError::Dirty);
+    }
+    match (header.has_data_file(), &options.data_file) {
+        (true, None) => Err(OpenError::DataFileMissing { name: header.data_file_name().map(ToOwned::to_owned) }),
+        (false, Some(_)) => Err(OpenError::DataFileUnexpected),
+        (true, Some(_)) if options.writable => Err(OpenError::DataFileForWriting),
+        _ => Ok(()),
+    }
+}
+
+/// Reads the active L1 table and checks each entry.
+async fn read_l1(file: &impl Storage, header: &Header) -> Result<L1, OpenError> {
+    let at = header.l1_offset;
+    let len = header.l1_entries as usize * 8;
+    let read_error = |source| OpenError::Read { what: Structure::L1Table, at, source };
+    let file_len = file.length().map_err(read_error)?;
+    let words = if len == 0 { Vec::new() } else { words_from(&file.read_bytes(at, len).await.map_err(read_error)?) };
+    for (index, &word) in (0_u32..).zip(&words) {
+        let table = decode_l1_entry(word, &header.geometry).map_err(|detail| OpenError::L1Entry { index, detail })?;
+        if let Some(table) = table.filter(|table| table.at.get() >= file_len) {
+            return Err(OpenError::L1EntryOutside { index, at: table.at });
+        }
+    }
+    Ok(L1::new(at, words))
+}
+
+/// Most refcount blocks without any count that are passed over on the way to the last one with a count.
+const EMPTY_BLOCKS: usize = 16;
+
+impl<E: Environment> Inner<E> {
+    /// What only writing needs: the counts, where metadata is, and a header without claims that will not be kept up.
+    async fn prepare_writing(&mut self) -> Result<(), OpenError> {
+        let geometry = self.format.geometry;
+        let header = self.header().clone();
+        let read_error = |source| OpenError::Read { what: Structure::File, at: HostOffset::ZERO, source };
+        let file_len = self.file.length().map_err(read_error)?;
+        let table = read_refcount_table(&self.file, &header, file_len).await?;
+        let refcounts = Refcounts::new(geometry, header.refcount_table_offset, header.refcount_table_clusters, table);
+        let metadata = self.find_metadata(&header, &refcounts)?;
+        *self.metadata_mut() = metadata;
+        let used_end = used_end(&self.file, &refcounts, &geometry).await?;
+        let file_clusters = geometry.clusters(file_len);
+        *self.allocator() = Allocator::new(geometry, refcounts, used_end, file_clusters);
+        self.data_limit.store(used_end.max(file_clusters), Ordering::Release);
+        self.opened_clusters = file_clusters;
+        if header.autoclear != 0 {
+            // Nothing that they promise is kept up here.
+            self.header().autoclear = 0;
+            self.write_back_and(async |inner: &Self| {
+                inner.write_header().await?;
+                inner.flush_device().await
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    fn find_metadata(&self, header: &Header, refcounts: &Refcounts) -> Result<MetadataMap, OpenError> {
+        let geometry = &self.format.geometry;
+        let run = |at: HostOffset, bytes: u64| geometry.cluster_numbers(at, bytes);
+        let cluster = |at: HostOffset| run(at, 1);
+        let mut parts = vec![
+            (0..1, "header"),
+            (run(header.l1_offset, u64::from(header.l1_entries) * 8), "L1 table"),
+            (refcounts.table_range(), "refcount table"),
+            (run(header.snapshots_offset, self.snapshots.table_bytes), "snapshot table"),
+        ];
+        parts.extend(refcounts.block_positions().map(|(_, at)| (cluster(at), "refcount block")));
+        parts.extend(self.l1().tables().map(|(_, table)| (cluster(table.at), "L2 table")));
+        for snapshot in &self.snapshots.list {
+            parts.push((run(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8), "L1 table of a snapshot"));
+        }
+        MetadataMap::new(parts).map_err(|overlap| OpenError::Overlap {
+            first: overlap.first,
+            second: overlap.second,
+            at: geometry.host_offset(HostCluster(overlap.cluster)),
+        })
+    }
+}
+
+/// Reads the refcount table and checks each entry.
+async fn read_refcount_table(file: &impl Storage, header: &Header, file_len: u64) -> Result<Vec<u64>, OpenError> {
+    let at = header.refcount_table_offset;
+    let len = usize::try_from(header.refcount_table_clusters).expect("at most 8 MiB") * header.geometry.cluster_len();
+    let read = file.read_bytes(at, len).await;
+    let table = words_from(&read.map_err(|source| OpenError::Read { what: Structure::RefcountTable, at, source })?);
+    for (index, &word) in (0_u64..).zip(&table) {
+        let at = HostOffset::new(word);
+        if word & 0x1ff != 0 || !at.is_aligned(header.geometry.cluster_bytes()) {
+            return Err(OpenError::RefcountTableEntry { index, word });
+        }
+        if word >= file_len && word != 0 {
+            return Err(OpenError::RefcountTableEntryOutside { index, at });
+        }
+    }
+    Ok(table)
+}
+
+/// The first cluster after all that are counted as used, or one further on.
+async fn used_end(file: &impl Storage, refcounts: &Refcounts, geometry: &Geometry) -> Result<u64, OpenError> {
+    let per_block = geometry.refcounts_per_block();
+    let blocks: Vec<_> = refcounts.block_positions().collect();
+    let Some(&(last, _)) = blocks.last() else { return Ok(1) };
+    for &(index, at) in blocks.iter().rev().take(EMPTY_BLOCKS) {
+        let read = file.read_bytes(at, geometry.cluster_len()).await;
+        let block = read.map_err(|source| OpenError::Read { what: Structure::RefcountBlock, at, source })?;
+        let entries = usize::try_from(per_block).expect("at most 2^24 refcounts");
+        if let Some(entry) = (0..entries).rev().find(|&entry| read_refcount(&block, entry, geometry.refcount_bits()) != 0) {
+            return Ok(index * per_block + entry as u64 + 1);
+        }
+    }
+    Ok((last + 1) * per_block)
+}

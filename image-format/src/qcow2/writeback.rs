@@ -1,0 +1,265 @@
+//! Writing changed metadata, in the one order that leaves nothing worse than leaks wherever it is cut (docs/crash-order.md).
+//!
+//! 1. Refcount blocks, a refcount table that moved, zeros of new L2 tables. Device flush: it also makes guest data durable.
+//! 2. New entries of the refcount table, or the header that points to its new place. Device flush.
+//! 3. L2 slices and L1 entries. What an L1 entry newly points to has been a valid (empty or copied) table since step 1, so their order does
+//!    not matter. Device flush.
+//!
+//! Steps without anything to write cost nothing; the last flush always happens. Afterwards clusters that lost their last reference in step 3
+//! may be freed.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::buffer::{AlignedBuffer, Buffer};
+use crate::error::{LayerError, Structure};
+use crate::runtime::WaitQueue;
+use crate::storage::{Environment, Storage};
+use crate::units::HostOffset;
+
+use super::Inner;
+use super::geometry::{HostCluster, SliceKey};
+use super::l1::{L1Writes, table_bytes};
+use super::refcount::RefcountWrites;
+
+/// Writes under way at the same time.
+const PARALLEL_WRITES: usize = 32;
+
+/// Rounds of write-back, one at a time. Whoever asks while one is under way waits for the next, because the present one may have taken its
+/// copies before.
+#[derive(Debug, Default)]
+pub(super) struct Rounds {
+    state: Mutex<RoundsState>,
+    changed: WaitQueue,
+}
+
+#[derive(Debug, Default)]
+struct RoundsState {
+    begun: u64,
+    /// Round up to which all have ended, well or not.
+    ended: u64,
+    running: bool,
+}
+
+/// The duty to run a round, or the right to change metadata without one.
+struct Round<'a> {
+    rounds: &'a Rounds,
+    finished: bool,
+}
+
+enum Role<'a> {
+    /// Another task has run a round that began after we asked.
+    Served,
+    Runs(Round<'a>),
+}
+
+impl Rounds {
+    fn state(&self) -> MutexGuard<'_, RoundsState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn join(&self) -> Role<'_> {
+        let ticket = self.state().begun + 1;
+        self.changed
+            .wait_until(|| {
+                let mut state = self.state();
+                if state.ended >= ticket {
+                    return Some(Role::Served);
+                }
+                if state.running {
+                    return None;
+                }
+                state.running = true;
+                state.begun += 1;
+                Some(Role::Runs(Round { rounds: self, finished: false }))
+            })
+            .await
+    }
+
+    /// A round of one's own, for changes beside those of [`join`](Self::join).
+    async fn own(&self) -> Round<'_> {
+        loop {
+            if let Role::Runs(round) = self.join().await {
+                return round;
+            }
+        }
+    }
+}
+
+impl Round<'_> {
+    fn finish(mut self) {
+        self.finished = true;
+    }
+}
+
+impl Drop for Round<'_> {
+    fn drop(&mut self) {
+        let mut state = self.rounds.state();
+        state.running = false;
+        if self.finished {
+            state.ended = state.begun;
+        }
+        drop(state);
+        self.rounds.changed.notify_all();
+    }
+}
+
+/// Everything that one round writes, copied at one time.
+struct Batch {
+    /// Free once the round is durable.
+    pending: Vec<HostOffset>,
+    slices: Vec<(HostOffset, AlignedBuffer)>,
+    /// Keeps the slices in memory until they are written: the file has older ones.
+    _held: Vec<std::sync::Arc<super::l2::Slice>>,
+    l1: L1Writes,
+    refcounts: RefcountWrites,
+}
+
+impl<E: Environment> Inner<E> {
+    /// Makes everything durable that was changed or written before the call.
+    pub(super) async fn write_back(&self) -> Result<(), LayerError> {
+        self.admit_flush()?;
+        let Role::Runs(round) = self.rounds.join().await else {
+            return self.admit_flush();
+        };
+        self.run(round, async |inner: &Self| inner.write_back_once().await).await
+    }
+
+    /// Runs `work` while no other round is under way. Any failure ends all writing: what is durable is unknown then. So does a future that
+    /// is dropped half-way, because its copies are not in the file and no longer marked as changed.
+    async fn run(&self, round: Round<'_>, work: impl AsyncFnOnce(&Self) -> Result<(), LayerError>) -> Result<(), LayerError> {
+        struct Abandoned<'a, E: Environment>(&'a Inner<E>, bool);
+        impl<E: Environment> Drop for Abandoned<'_, E> {
+            fn drop(&mut self) {
+                if !self.1 {
+                    let source = std::io::ErrorKind::Interrupted.into();
+                    self.0.fail(LayerError::io("finish writing", Structure::File, HostOffset::ZERO, source));
+                }
+            }
+        }
+        let result = match self.admit_flush() {
+            Ok(()) => {
+                let mut watch = Abandoned(self, false);
+                let result = work(self).await;
+                watch.1 = true;
+                result.map_err(|error| self.fail(error))
+            }
+            Err(error) => Err(error),
+        };
+        round.finish();
+        result
+    }
+
+    /// Writes everything back, then does `work`, with no other round between or beside them.
+    pub(super) async fn write_back_and(&self, work: impl AsyncFnOnce(&Self) -> Result<(), LayerError>) -> Result<(), LayerError> {
+        let round = self.rounds.own().await;
+        self.run(round, async |inner: &Self| {
+            inner.write_back_once().await?;
+            work(inner).await
+        })
+        .await
+    }
+
+    /// One round. Only in a round.
+    pub(super) async fn write_back_once(&self) -> Result<(), LayerError> {
+        let Batch { pending, slices, _held: held, l1, refcounts } = self.take_batch();
+        let RefcountWrites { blocks, entries, moved_to, retired } = refcounts;
+        let L1Writes { zero_tables, initialised, sectors } = l1;
+        let table_changes = !entries.is_empty() || moved_to.is_some();
+        let mapping_changes = !slices.is_empty() || !sectors.is_empty();
+
+        self.write_all(blocks, Structure::RefcountBlock).await?;
+        self.zero_tables(zero_tables).await?;
+        self.l1_mut().mark_initialised(&initialised);
+        if table_changes || mapping_changes {
+            self.flush_device().await?;
+        }
+        if table_changes {
+            self.write_all(entries, Structure::RefcountTable).await?;
+            if let Some((at, clusters)) = moved_to {
+                {
+                    let mut header = self.header();
+                    header.refcount_table_offset = at;
+                    header.refcount_table_clusters = clusters;
+                }
+                self.write_header().await?;
+            }
+            if mapping_changes {
+                self.flush_device().await?;
+            }
+        }
+        self.write_all(slices, Structure::L2Table).await?;
+        self.write_all(sectors, Structure::L1Table).await?;
+        self.flush_device().await?;
+        drop(held);
+
+        let geometry = &self.format.geometry;
+        let mut unmapped = self.unmapped();
+        unmapped.ready.extend(pending);
+        unmapped.ready.extend(retired.into_iter().flatten().map(|cluster| geometry.host_offset(HostCluster(cluster))));
+        Ok(())
+    }
+
+    /// Copies everything that is newer than the file. The order matters: what is taken later may only be more than what belongs to the things
+    /// taken before. Clusters to be freed first, then the entries that no longer point to them, then the tables with those entries, then the
+    /// counts of all that the entries point to.
+    fn take_batch(&self) -> Batch {
+        let pending = std::mem::take(&mut self.unmapped().pending);
+        let held = std::mem::take(&mut *self.dirty.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut copies: Vec<(SliceKey, AlignedBuffer)> = Vec::with_capacity(held.len());
+        for slice in &held {
+            let mut state = slice.lock();
+            state.dirty = false;
+            copies.push((slice.key, table_bytes(state.words(), self.slices.slice_len())));
+        }
+        let mut l1 = self.l1_mut();
+        let slices = copies.into_iter().filter_map(|(key, bytes)| {
+            l1.forget_zero_slice(key);
+            let table = l1.table(key.l1_index)?;
+            Some((table.at + u64::from(key.slice) * self.slices.slice_len() as u64, bytes))
+        });
+        let slices = slices.collect();
+        let l1_writes = l1.take_writes(&self.format.geometry);
+        drop(l1);
+        let refcounts = self.allocator().refcounts.take_writes();
+        Batch { pending, slices, _held: held, l1: l1_writes, refcounts }
+    }
+
+    /// Writes many pieces, some at a time.
+    pub(super) async fn write_all(&self, mut writes: Vec<(HostOffset, AlignedBuffer)>, what: Structure) -> Result<(), LayerError> {
+        writes.sort_by_key(|(at, _)| *at);
+        let mut writes = writes.into_iter();
+        loop {
+            let group: Vec<_> = writes
+                .by_ref()
+                .take(PARALLEL_WRITES)
+                .map(|(at, bytes)| async move { (at, self.file.write(at, Buffer::Owned(bytes)).await.0) })
+                .collect();
+            if group.is_empty() {
+                return Ok(());
+            }
+            for (at, result) in futures_util::future::join_all(group).await {
+                result.map_err(|error| LayerError::io("write", what, at, error))?;
+            }
+        }
+    }
+
+    async fn zero_tables(&self, tables: Vec<HostOffset>) -> Result<(), LayerError> {
+        let len = self.format.geometry.cluster_len();
+        // Tables can be large: a few at a time.
+        for group in tables.chunks(4) {
+            let writes = group.iter().map(|&at| (at, AlignedBuffer::zeroed(len))).collect();
+            self.write_all(writes, Structure::L2Table).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the first sector of the header as it is in memory. Only in a round.
+    pub(super) async fn write_header(&self) -> Result<(), LayerError> {
+        let sector = AlignedBuffer::copy_of(&self.header().patched_sector());
+        self.write_all(vec![(HostOffset::ZERO, sector)], Structure::Header).await
+    }
+
+    pub(super) async fn flush_device(&self) -> Result<(), LayerError> {
+        self.file.flush().await.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error))
+    }
+}

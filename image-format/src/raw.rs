@@ -1,0 +1,130 @@
+//! Raw images: the bytes of the file (or block device) are the bytes of the disk.
+
+use std::io;
+use std::sync::{
+    OnceLock,
+    atomic::{AtomicBool, Ordering},
+};
+
+use crate::error::{LayerError, Structure};
+use crate::extent::{Extent, ExtentList, Mapping};
+use crate::layer::same_position;
+use crate::storage::{Environment, Storage};
+use crate::units::{GuestRange, HostOffset, SECTOR_BYTES};
+
+/// An open raw image.
+#[derive(Debug)]
+pub struct Raw<E: Environment> {
+    file: E::File,
+    virtual_size: u64,
+    /// Writes are refused: opened so, or frozen since.
+    read_only: AtomicBool,
+    /// The first flush that failed.
+    failed: OnceLock<LayerError>,
+}
+
+/// Why a file cannot be a raw image.
+#[derive(Debug, thiserror::Error)]
+pub enum RawOpenError {
+    /// The length could not be found out.
+    #[error("cannot tell the length: {0}")]
+    Length(#[source] io::Error),
+    /// Guests see whole sectors only.
+    #[error(
+        "its length of {0} bytes is not a multiple of 512; extend it (for example with `truncate --size=%512`) before it is written to"
+    )]
+    Ragged(u64),
+}
+
+impl<E: Environment> Raw<E> {
+    /// An image over the whole of `file`.
+    ///
+    /// # Errors
+    /// If the length cannot be found out or, for writing, is not a number of whole sectors. For reading the last sector is filled with zeros.
+    pub fn open(file: E::File, writable: bool) -> Result<Self, RawOpenError> {
+        let len = file.length().map_err(RawOpenError::Length)?;
+        if writable && !len.is_multiple_of(SECTOR_BYTES) {
+            return Err(RawOpenError::Ragged(len));
+        }
+        let virtual_size = len.next_multiple_of(SECTOR_BYTES);
+        Ok(Self { file, virtual_size, read_only: AtomicBool::new(!writable), failed: OnceLock::new() })
+    }
+
+    /// Size of the disk in bytes.
+    pub fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    /// The file.
+    pub fn file(&self) -> &E::File {
+        &self.file
+    }
+
+    pub(crate) fn map(&self, range: GuestRange, extents: &mut ExtentList) {
+        let disk = GuestRange::new(crate::units::GuestOffset::ZERO, self.virtual_size);
+        let inside = range.intersection(disk);
+        if !inside.is_empty() {
+            let in_place = !self.read_only.load(Ordering::Acquire);
+            extents.push(Extent { range: inside, mapping: Mapping::Data { host: same_position(inside.start), in_place } });
+        }
+        let beyond = GuestRange::between(range.start.max(disk.end()), range.end());
+        extents.push(Extent { range: beyond, mapping: Mapping::Unallocated });
+    }
+
+    pub(crate) fn place(&self, range: GuestRange) -> Result<HostOffset, LayerError> {
+        self.admit_write()?;
+        if range.end().get() > self.virtual_size {
+            return Err(LayerError::OutOfRange { range, size: self.virtual_size });
+        }
+        Ok(same_position(range.start))
+    }
+
+    pub(crate) async fn write_zeroes(&self, range: GuestRange, unmap: bool) -> Result<bool, LayerError> {
+        let at = self.place(range)?;
+        if !unmap {
+            return Ok(false);
+        }
+        match self.file.punch(at, range.len).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+            Err(error) => Err(LayerError::io("punch", Structure::Data, at, error)),
+        }
+    }
+
+    pub(crate) async fn discard(&self, range: GuestRange) -> Result<(), LayerError> {
+        // A discard is a hint: a medium that cannot do it leaves the bytes as they are, which is allowed without a layer beneath.
+        self.write_zeroes(range, true).await.map(|_| ())
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), LayerError> {
+        if let Some(cause) = self.failed.get() {
+            return Err(LayerError::Failed(Box::new(cause.clone())));
+        }
+        self.file.flush().await.map_err(|error| {
+            let error = LayerError::io("flush", Structure::File, HostOffset::ZERO, error);
+            // Only the first failure is kept: a later one says no more.
+            let _ = self.failed.set(error.clone());
+            error
+        })?;
+        // Another flush that failed meanwhile may have taken out of the cache what this one should have covered.
+        match self.failed.get() {
+            Some(cause) => Err(LayerError::Failed(Box::new(cause.clone()))),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) async fn freeze(&self) -> Result<(), LayerError> {
+        self.read_only.store(true, Ordering::Release);
+        self.flush().await
+    }
+
+    pub(crate) fn admit_write(&self) -> Result<(), LayerError> {
+        if let Some(cause) = self.failed.get() {
+            return Err(LayerError::Failed(Box::new(cause.clone())));
+        }
+        if self.read_only.load(Ordering::Acquire) {
+            return Err(LayerError::ReadOnly);
+        }
+        Ok(())
+    }
+}
