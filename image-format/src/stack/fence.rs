@@ -1,0 +1,400 @@
+//! The fence: how any number of stacks switch to new views at one point in time, while requests go on.
+//!
+//! A generation counter is shared by all queue threads (participants). Each shows in its mark what it knows: *parked*, it takes nothing from a
+//! ring before it has looked at the counter again; or *running* with the generation whose views it has loaded. To switch, the new views are
+//! published and then the generation advances. From then on a participant that is parked, or shows the new generation, can no longer take a
+//! request into an old view. When all participants that serve the group are there, the fence is released.
+//!
+//! Completions of requests that belong to a new view are held until then. So no result of a request from after the cut is visible while a
+//! request could still be taken before it, and the cut is consistent over all queues of all devices.
+//!
+//! States of a fence: `Held` → `Released` or `Expired`, once. A view made with a fence holds completions only while it is `Held`.
+//!
+//! Atomics are sequentially consistent throughout: a participant first shows itself as looking and then reads the counter, a fence first
+//! advances the counter and then reads the marks, so at least one of the two sees the other.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::runtime::WaitQueue;
+
+/// Shown by a participant that takes nothing before its next look at the generation.
+const PARKED: u64 = 0;
+/// Shown between the end of parking and the look at the generation.
+const LOOKING: u64 = 1;
+/// The first generation.
+const FIRST: u64 = 2;
+
+const HELD: u8 = 0;
+const RELEASED: u8 = 1;
+const EXPIRED: u8 = 2;
+
+/// What one queue thread shows to fences.
+#[derive(Debug)]
+struct Mark(AtomicU64);
+
+impl Mark {
+    /// Whether its thread can no longer take a request into a view older than `generation`.
+    fn has_passed(&self, generation: u64) -> bool {
+        let shown = self.0.load(SeqCst);
+        shown == PARKED || shown >= generation
+    }
+}
+
+/// The marks of the threads that serve one stack.
+#[derive(Debug, Default)]
+pub(super) struct Marks(Mutex<Vec<Arc<Mark>>>);
+
+impl Marks {
+    fn all_passed(&self, generation: u64) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().all(|mark| mark.has_passed(generation))
+    }
+}
+
+/// All queue threads of one daemon, and the generation that they watch.
+pub struct FenceDomain {
+    generation: AtomicU64,
+    /// Fences that are switching. The count beside it lets threads pass without the lock.
+    pending: Mutex<Vec<Arc<Fence>>>,
+    pending_count: AtomicUsize,
+    clock: Box<dyn Fn() -> Duration + Send + Sync>,
+}
+
+impl FenceDomain {
+    /// A domain without threads. `clock` is a monotonic clock, for the figures that fences report.
+    pub fn new(clock: impl Fn() -> Duration + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self {
+            generation: AtomicU64::new(FIRST),
+            pending: Mutex::default(),
+            pending_count: AtomicUsize::new(0),
+            clock: Box::new(clock),
+        })
+    }
+
+    /// Adds a queue thread, parked.
+    pub fn join(self: &Arc<Self>) -> Participant {
+        Participant { domain: Arc::clone(self), mark: Arc::new(Mark(AtomicU64::new(PARKED))), parked: true, seen: 0 }
+    }
+
+    /// A fence, held, for the stacks whose next views are prepared with it.
+    pub fn fence(self: &Arc<Self>) -> Arc<Fence> {
+        Arc::new(Fence {
+            domain: Arc::clone(self),
+            state: AtomicU8::new(HELD),
+            generation: AtomicU64::new(u64::MAX),
+            members: Mutex::default(),
+            ended: WaitQueue::new(),
+            times: Mutex::default(),
+        })
+    }
+
+    /// Lets every running participant load its views again at its next turn.
+    pub(super) fn advance(&self) -> u64 {
+        self.generation.fetch_add(1, SeqCst) + 1
+    }
+
+    fn release_passed(&self) {
+        if self.pending_count.load(SeqCst) == 0 {
+            return;
+        }
+        let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for fence in pending {
+            fence.release_if_passed();
+        }
+    }
+
+    fn forget(&self, fence: &Fence) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.retain(|other| !std::ptr::eq(Arc::as_ptr(other), fence));
+        self.pending_count.store(pending.len(), SeqCst);
+    }
+}
+
+impl fmt::Debug for FenceDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FenceDomain(generation {})", self.generation.load(SeqCst))
+    }
+}
+
+/// One queue thread. It starts parked.
+#[derive(Debug)]
+pub struct Participant {
+    domain: Arc<FenceDomain>,
+    mark: Arc<Mark>,
+    parked: bool,
+    seen: u64,
+}
+
+impl Participant {
+    /// Call first in every turn of the thread's loop, before anything is taken from a ring. Calls `reload` if views may have changed since the
+    /// last turn, or if the thread was parked: it must load every view that the thread uses again ([`Stack::view`](super::Stack::view)).
+    pub fn begin_turn(&mut self, reload: impl FnOnce()) {
+        if self.parked {
+            self.mark.0.store(LOOKING, SeqCst);
+        }
+        let generation = self.domain.generation.load(SeqCst);
+        if !self.parked && generation == self.seen {
+            return;
+        }
+        reload();
+        self.parked = false;
+        self.seen = generation;
+        self.mark.0.store(generation, SeqCst);
+        self.domain.release_passed();
+    }
+
+    /// Call before sleeping, after dropping every view that the thread keeps for itself (those of requests under way stay): a kept one would
+    /// delay the freezing of layers for as long as the thread sleeps. Until the next [`begin_turn`](Self::begin_turn) nothing may be taken
+    /// from a ring.
+    pub fn park(&mut self) {
+        if self.parked {
+            return;
+        }
+        self.parked = true;
+        self.mark.0.store(PARKED, SeqCst);
+        self.domain.release_passed();
+    }
+
+    /// Announces that this thread takes requests for a stack, for as long as the attachment lives. Call before its first
+    /// [`Stack::view`](super::Stack::view), while parked or in `reload`.
+    pub(super) fn attach(&self, marks: &Arc<Marks>) -> Attachment {
+        marks.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&self.mark));
+        Attachment { domain: Arc::clone(&self.domain), marks: Arc::clone(marks), mark: Arc::clone(&self.mark) }
+    }
+}
+
+impl Drop for Participant {
+    fn drop(&mut self) {
+        self.park();
+    }
+}
+
+/// That a queue thread serves a stack; ends when dropped.
+#[derive(Debug)]
+#[must_use = "a thread that is not attached is not waited for by fences"]
+pub struct Attachment {
+    domain: Arc<FenceDomain>,
+    marks: Arc<Marks>,
+    mark: Arc<Mark>,
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        let mut marks = self.marks.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(position) = marks.iter().position(|mark| Arc::ptr_eq(mark, &self.mark)) {
+            marks.swap_remove(position);
+        }
+        drop(marks);
+        self.domain.release_passed();
+    }
+}
+
+/// How a fence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FenceOutcome {
+    /// Every participant passed in time: the cut is one point in time.
+    Released,
+    /// The deadline came first: completions go on, and there is no snapshot.
+    Expired,
+}
+
+/// What a fence measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FenceTimes {
+    /// From the first to the last participant past the cut.
+    pub switch: Duration,
+    /// The longest time for which a completion was held.
+    pub longest_hold: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Times {
+    began: Duration,
+    measured: FenceTimes,
+}
+
+/// One switch of any number of stacks. See the module's description.
+pub struct Fence {
+    domain: Arc<FenceDomain>,
+    state: AtomicU8,
+    /// What participants must show; the maximum before the switch, so that nobody has passed yet.
+    generation: AtomicU64,
+    members: Mutex<Vec<Arc<Marks>>>,
+    ended: WaitQueue,
+    times: Mutex<Times>,
+}
+
+impl Fence {
+    pub(super) fn add_member(&self, marks: &Arc<Marks>) {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(marks));
+    }
+
+    /// Begins the switch. Call right after publishing the prepared view of every member. Releases at once if nobody needs to be waited for.
+    pub fn switch(self: &Arc<Self>) {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner).began = (self.domain.clock)();
+        {
+            let mut pending = self.domain.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            pending.push(Arc::clone(self));
+            self.domain.pending_count.store(pending.len(), SeqCst);
+        }
+        self.generation.store(self.domain.advance(), SeqCst);
+        self.release_if_passed();
+    }
+
+    /// Gives up waiting: completions go on, the outcome is [`FenceOutcome::Expired`] unless it was decided before. Also for a fence whose
+    /// switch never began.
+    pub fn expire(&self) -> FenceOutcome {
+        self.end(EXPIRED);
+        self.outcome().expect("it has just ended")
+    }
+
+    /// How it ended, or `None` while completions are held.
+    pub fn outcome(&self) -> Option<FenceOutcome> {
+        match self.state.load(SeqCst) {
+            HELD => None,
+            RELEASED => Some(FenceOutcome::Released),
+            _ => Some(FenceOutcome::Expired),
+        }
+    }
+
+    /// Ends when completions are no longer held.
+    pub async fn ended(&self) -> FenceOutcome {
+        self.ended.wait_until(|| self.outcome()).await
+    }
+
+    /// What was measured; complete once the held completions have gone on.
+    pub fn times(&self) -> FenceTimes {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner).measured
+    }
+
+    /// Ends when a completion may be published, and measures how long it was held.
+    pub(super) async fn hold_completion(&self) {
+        if self.state.load(SeqCst) != HELD {
+            return;
+        }
+        let began = (self.domain.clock)();
+        self.ended().await;
+        let held = (self.domain.clock)().saturating_sub(began);
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        times.measured.longest_hold = times.measured.longest_hold.max(held);
+    }
+
+    fn release_if_passed(&self) {
+        let generation = self.generation.load(SeqCst);
+        let members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        if members.iter().all(|marks| marks.all_passed(generation)) && generation != u64::MAX {
+            drop(members);
+            self.end(RELEASED);
+        }
+    }
+
+    fn end(&self, state: u8) {
+        let now = (self.domain.clock)();
+        if self.state.compare_exchange(HELD, state, SeqCst, SeqCst).is_ok() {
+            let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+            times.measured.switch = now.saturating_sub(times.began);
+            drop(times);
+            self.domain.forget(self);
+            self.ended.notify_all();
+        }
+    }
+}
+
+impl fmt::Debug for Fence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fence").field("outcome", &self.outcome()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domain() -> Arc<FenceDomain> {
+        FenceDomain::new(|| Duration::ZERO)
+    }
+
+    fn fence_over(domain: &Arc<FenceDomain>, marks: &[&Arc<Marks>]) -> Arc<Fence> {
+        let fence = domain.fence();
+        for marks in marks {
+            fence.add_member(marks);
+        }
+        fence
+    }
+
+    #[test]
+    fn a_fence_waits_for_running_threads_and_not_for_parked_ones() {
+        let domain = domain();
+        let marks = Arc::new(Marks::default());
+        let (mut running, parked) = (domain.join(), domain.join());
+        let _attachments = [running.attach(&marks), parked.attach(&marks)];
+        running.begin_turn(|| {});
+        let fence = fence_over(&domain, &[&marks]);
+        fence.switch();
+        assert_eq!(fence.outcome(), None);
+        let mut reloaded = false;
+        running.begin_turn(|| reloaded = true);
+        assert!(reloaded);
+        assert_eq!(fence.outcome(), Some(FenceOutcome::Released));
+    }
+
+    #[test]
+    fn parking_ending_and_detaching_release_as_well() {
+        let domain = domain();
+        for way in 0..3 {
+            let marks = Arc::new(Marks::default());
+            let mut running = domain.join();
+            let attachment = running.attach(&marks);
+            running.begin_turn(|| {});
+            let fence = fence_over(&domain, &[&marks]);
+            fence.switch();
+            assert_eq!(fence.outcome(), None);
+            match way {
+                0 => running.park(),
+                1 => drop(running),
+                _ => drop(attachment),
+            }
+            assert_eq!(fence.outcome(), Some(FenceOutcome::Released), "way {way}");
+        }
+    }
+
+    #[test]
+    fn threads_of_other_stacks_are_not_waited_for() {
+        let domain = domain();
+        let (ours, others) = (Arc::new(Marks::default()), Arc::new(Marks::default()));
+        let mut stuck = domain.join();
+        let _attachment = stuck.attach(&others);
+        stuck.begin_turn(|| {});
+        let fence = fence_over(&domain, &[&ours]);
+        fence.switch();
+        assert_eq!(fence.outcome(), Some(FenceOutcome::Released));
+    }
+
+    #[test]
+    fn an_expired_fence_is_never_released_late() {
+        let domain = domain();
+        let marks = Arc::new(Marks::default());
+        let mut running = domain.join();
+        let _attachment = running.attach(&marks);
+        running.begin_turn(|| {});
+        let fence = fence_over(&domain, &[&marks]);
+        fence.switch();
+        assert_eq!(fence.expire(), FenceOutcome::Expired);
+        running.begin_turn(|| {});
+        assert_eq!(fence.outcome(), Some(FenceOutcome::Expired));
+    }
+
+    #[test]
+    fn a_thread_that_was_parked_loads_its_views_again() {
+        let domain = domain();
+        let mut thread = domain.join();
+        let mut loads = 0;
+        thread.begin_turn(|| loads += 1);
+        thread.begin_turn(|| loads += 1);
+        thread.park();
+        thread.begin_turn(|| loads += 1);
+        assert_eq!(loads, 2);
+    }
+}

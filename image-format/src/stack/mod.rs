@@ -1,0 +1,317 @@
+//! A stack of layers as one disk: what the daemon's queues read and write.
+//!
+//! - [`Stack`] holds what outlives snapshots: the present [`View`], the chain map, and which layers are frozen.
+//! - [`View`] is the stack at one time. Requests keep the view with which they were taken until they end. A view that nobody uses any more is
+//!   *retired*; that is how the stack learns that no request can touch a layer, or a freed cluster, any more.
+//! - [`Fence`] and its domain switch any number of stacks to new views at one point in time.
+
+mod fence;
+mod map;
+mod read;
+mod retire;
+mod write;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arc_swap::ArcSwap;
+
+use crate::error::LayerError;
+use crate::layer::Layer;
+use crate::storage::Environment;
+use crate::units::{GuestOffset, GuestRange, SECTOR_BYTES};
+
+pub use fence::{Attachment, Fence, FenceDomain, FenceOutcome, FenceTimes, Participant};
+pub use map::{Piece, Place};
+
+use fence::Marks;
+use map::{ChainMap, UNIT_BYTES};
+use retire::{Retirement, Retirements};
+
+/// The number of layers that a stack can have: layers are numbered in 16 bits.
+pub const MAX_LAYERS: usize = 65_535;
+
+/// Memory for the chain map of one stack unless set otherwise, in bytes.
+pub const DEFAULT_MAP_BUDGET: usize = 128 << 20;
+
+/// A disk: an ordered list of layers of which only the top is written.
+pub struct Stack<E: Environment> {
+    environment: E,
+    domain: Arc<FenceDomain>,
+    marks: Arc<Marks>,
+    virtual_size: u64,
+    read_only: bool,
+    map_budget: usize,
+    present: ArcSwap<View<E>>,
+    retirements: Retirements,
+    /// Number of the lowest layer that is not frozen: a flush covers the layers from it up to the top.
+    unfrozen_from: AtomicUsize,
+    /// Excludes two changes of the present view from one another.
+    publishing: Mutex<()>,
+}
+
+/// The stack at one time: which layers there are, and the fence with which they became so.
+pub struct View<E: Environment> {
+    stack: std::sync::Weak<Stack<E>>,
+    layers: Arc<[Arc<Layer<E>>]>,
+    map: Arc<ChainMap>,
+    fence: Option<Arc<Fence>>,
+    retirement: Arc<Retirement>,
+}
+
+impl<E: Environment> Stack<E> {
+    /// A stack over `layers`, base first, at least one and at most [`MAX_LAYERS`]. All but the top are never written to, nor is the top if
+    /// `read_only`.
+    ///
+    /// # Panics
+    /// If there is no layer or too many, which whoever opened them has checked.
+    pub fn new(environment: E, domain: &Arc<FenceDomain>, layers: Vec<Arc<Layer<E>>>, read_only: bool) -> Arc<Self> {
+        Self::with_map_budget(environment, domain, layers, read_only, DEFAULT_MAP_BUDGET)
+    }
+
+    /// As [`new`](Self::new), with about `map_budget` bytes for the chain map.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn with_map_budget(
+        environment: E,
+        domain: &Arc<FenceDomain>,
+        layers: Vec<Arc<Layer<E>>>,
+        read_only: bool,
+        map_budget: usize,
+    ) -> Arc<Self> {
+        assert!((1..=MAX_LAYERS).contains(&layers.len()), "a stack has from 1 to {MAX_LAYERS} layers");
+        let virtual_size = layers[layers.len() - 1].virtual_size();
+        let retirements = Retirements::default();
+        let unfrozen_from = AtomicUsize::new(layers.len() - usize::from(!read_only));
+        let map = Arc::new(ChainMap::new(virtual_size, grain(&layers), map_budget));
+        Arc::new_cyclic(|stack| {
+            let retirement = retirements.add(layers.len() - 1);
+            retirements.publish(&retirement);
+            let view = View { stack: stack.clone(), layers: layers.into(), map, fence: None, retirement };
+            Self {
+                environment,
+                domain: Arc::clone(domain),
+                marks: Arc::default(),
+                virtual_size,
+                read_only,
+                map_budget,
+                present: ArcSwap::from_pointee(view),
+                retirements,
+                unfrozen_from,
+                publishing: Mutex::new(()),
+            }
+        })
+    }
+
+    /// Size of the disk in bytes: that of the top layer, and of every overlay put on it later.
+    pub fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    /// Whether requests that change the disk are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The present view.
+    pub fn view(&self) -> Arc<View<E>> {
+        self.present.load_full()
+    }
+
+    /// Announces that `participant` takes requests for this stack, for as long as the attachment lives. Call before its first
+    /// [`view`](Self::view).
+    pub fn attach(&self, participant: &Participant) -> Attachment {
+        participant.attach(&self.marks)
+    }
+
+    /// Builds the view that has `overlay` above the present top, and makes this stack a member of the fence. Not visible before
+    /// [`publish`](Self::publish). The overlay is warm, empty, and of the same virtual size. Only one overlay may be on its way at a time.
+    ///
+    /// # Panics
+    /// If the stack has [`MAX_LAYERS`] layers already.
+    pub fn prepare_overlay(self: &Arc<Self>, overlay: Arc<Layer<E>>, fence: &Arc<Fence>) -> Arc<View<E>> {
+        let present = self.view();
+        assert!(present.layers.len() < MAX_LAYERS, "whoever opens overlays counts layers");
+        let layers: Arc<[_]> = present.layers.iter().cloned().chain([overlay]).collect();
+        let finest = grain(&layers);
+        // A finer unit needs finer entries: the old map stays with the old views, and a new one is filled from the tables.
+        let map = if finest < present.map.grain() {
+            Arc::new(ChainMap::new(self.virtual_size, finest, self.map_budget))
+        } else {
+            Arc::clone(&present.map)
+        };
+        fence.add_member(&self.marks);
+        let retirement = self.retirements.add(layers.len() - 1);
+        Arc::new(View { stack: Arc::downgrade(self), layers, map, fence: Some(Arc::clone(fence)), retirement })
+    }
+
+    /// Makes a prepared view the present one: what is taken from the next turn of each queue on goes to it. Returns the view before. Follow
+    /// with [`Fence::switch`]. Does not block, allocate or do I/O.
+    pub fn publish(&self, view: Arc<View<E>>) -> Arc<View<E>> {
+        let _publishing = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.retirements.publish(&view.retirement);
+        self.present.swap(view)
+    }
+
+    /// Ends when no request uses `view` any more, which must not be the present one; then freezes the layer that was its top: gives its
+    /// reserved space back, makes it durable, and ends writing to it. Layers freeze in order: call for older views first, or at once.
+    ///
+    /// # Errors
+    /// If the layer cannot be made durable. It stays unfrozen, and flushes go on covering it (and failing).
+    pub async fn freeze_below(&self, view: Arc<View<E>>) -> Result<(), LayerError> {
+        let number = view.top_number();
+        let layer = Arc::clone(view.top());
+        drop(view);
+        self.retirements.all_up_to(number).await;
+        layer.flush().await?;
+        // Clusters that were freed before the cut go back now: no request can be writing to them.
+        layer.release(layer.take_unmapped()).await?;
+        layer.freeze().await?;
+        self.unfrozen_from.fetch_max(number + 1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Ends writing for good: waits until no request uses the stack, gives reserved space back and makes everything durable. Whoever takes
+    /// requests must have stopped.
+    ///
+    /// # Errors
+    /// If a layer cannot be made durable.
+    pub async fn close(&self) -> Result<(), LayerError> {
+        let view = self.view();
+        let first = self.unfrozen_from.load(Ordering::Acquire);
+        for number in first..view.layers.len() {
+            let layer = &view.layers[number];
+            if number < view.top_number() {
+                self.retirements.all_up_to(number).await;
+            }
+            layer.flush().await?;
+            layer.release(layer.take_unmapped()).await?;
+            layer.freeze().await?;
+        }
+        self.unfrozen_from.fetch_max(view.layers.len(), Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Publishes an equal view in the place of the present one, and ends when no request uses any view from before: a grace period, after which
+    /// no request can still be writing where the map pointed before.
+    async fn grace_period(self: &Arc<Self>) {
+        let before = {
+            let _publishing = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+            let present = self.view();
+            let retirement = self.retirements.add(present.top_number());
+            let successor = View {
+                stack: Arc::downgrade(self),
+                layers: Arc::clone(&present.layers),
+                map: Arc::clone(&present.map),
+                fence: present.fence.clone(),
+                retirement: Arc::clone(&retirement),
+            };
+            self.retirements.publish(&retirement);
+            self.present.store(Arc::new(successor));
+            retirement
+        };
+        self.domain.advance();
+        self.retirements.all_before(&before).await;
+    }
+}
+
+impl<E: Environment> View<E> {
+    /// Layers, base first.
+    pub fn layers(&self) -> &[Arc<Layer<E>>] {
+        &self.layers
+    }
+
+    /// The layer that is written to.
+    pub fn top(&self) -> &Arc<Layer<E>> {
+        &self.layers[self.top_number()]
+    }
+
+    fn top_number(&self) -> usize {
+        self.layers.len() - 1
+    }
+
+    /// Number of the top layer as the map stores it.
+    fn top_in_map(&self) -> u16 {
+        u16::try_from(self.top_number()).expect("a stack has at most MAX_LAYERS layers")
+    }
+
+    /// The stack. Requests only exist while somebody holds it.
+    fn stack(&self) -> Option<Arc<Stack<E>>> {
+        self.stack.upgrade()
+    }
+
+    /// Ends when the results of requests of this view may be made visible: at once, but for the moment in which its fence is being passed.
+    /// Every request awaits this just before its completion is published.
+    pub async fn completions_released(&self) {
+        if let Some(fence) = &self.fence {
+            fence.hold_completion().await;
+        }
+    }
+
+    /// Makes every write that completed before durable, in every layer that is not frozen yet, oldest first.
+    ///
+    /// # Errors
+    /// If a layer cannot be made durable.
+    pub async fn flush(self: &Arc<Self>) -> Result<(), LayerError> {
+        let Some(stack) = self.stack() else { return Ok(()) };
+        let first = stack.unfrozen_from.load(Ordering::Acquire);
+        for layer in self.layers.iter().skip(first) {
+            layer.flush().await?;
+        }
+        let top = Arc::clone(self.top());
+        let unmapped = top.take_unmapped();
+        if !unmapped.clusters.is_empty() {
+            let environment = stack.environment.clone();
+            environment.spawn(async move {
+                stack.grace_period().await;
+                if let Err(error) = top.release(unmapped).await {
+                    tracing::warn!(event = "release_failed", cause = %error, "freed clusters stay allocated until the image is checked");
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, range: GuestRange, size: u64) -> Result<(), LayerError> {
+        let end = range.start.checked_add(range.len);
+        if end.is_none_or(|end| end.get() > size) || !range.is_aligned(SECTOR_BYTES) {
+            return Err(LayerError::OutOfRange { range, size });
+        }
+        Ok(())
+    }
+
+    /// Size of the disk in bytes.
+    pub fn virtual_size(&self) -> u64 {
+        self.top().virtual_size()
+    }
+}
+
+/// The smallest unit at which the layers' mappings can differ.
+fn grain<E: Environment>(layers: &[Arc<Layer<E>>]) -> u64 {
+    layers.iter().filter_map(|layer| layer.mapping_unit()).min().unwrap_or(UNIT_BYTES).min(UNIT_BYTES)
+}
+
+impl<E: Environment> std::fmt::Debug for Stack<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let present = self.present.load();
+        f.debug_struct("Stack").field("layers", &present.layers.len()).field("virtual_size", &self.virtual_size).finish_non_exhaustive()
+    }
+}
+
+impl<E: Environment> std::fmt::Debug for View<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("View").field("layers", &self.layers.len()).field("fence", &self.fence).finish_non_exhaustive()
+    }
+}
+
+impl<E: Environment> Drop for View<E> {
+    fn drop(&mut self) {
+        self.retirement.complete();
+    }
+}
+
+/// The bytes from the start of the disk to its end.
+fn whole_disk(size: u64) -> GuestRange {
+    GuestRange::new(GuestOffset::ZERO, size)
+}

@@ -1,0 +1,223 @@
+//! Changing the disk: overwriting in place, and copy-on-write into the top layer.
+
+use std::sync::Arc;
+
+use futures_util::future::try_join_all;
+
+use super::View;
+use super::map::{Piece, Place};
+use super::read::{buffer_len, position};
+use crate::buffer::{AlignedBuffer, Buffer, SharedVectors};
+use crate::error::{LayerError, Structure};
+use crate::extent::{Extent, Mapping};
+use crate::storage::{Environment, Storage};
+use crate::units::{GuestOffset, GuestRange, SECTOR_BYTES};
+
+/// Zeros are written in pieces of at most this many bytes where nothing better works.
+const ZERO_PIECE_BYTES: u64 = 1 << 20;
+
+impl<E: Environment> View<E> {
+    /// Writes the buffer to the disk at `at`.
+    ///
+    /// # Errors
+    /// `OutOfRange` unless it is whole sectors within the disk, `ReadOnly`; whatever the layers report. Any part may have been written then.
+    pub async fn write(self: &Arc<Self>, at: GuestOffset, from: Buffer) -> (Result<(), LayerError>, Buffer) {
+        let range = GuestRange::new(at, from.len() as u64);
+        if let Err(error) = self.admit_change(range) {
+            return (Err(error), from);
+        }
+        if range.is_empty() {
+            return (Ok(()), from);
+        }
+        let pieces = match self.resolve(range).await {
+            Ok(pieces) => pieces,
+            Err(error) => return (Err(error), from),
+        };
+        if let [Piece { place, .. }] = pieces[..]
+            && let Some(host) = self.overwritable(place)
+        {
+            let (result, buffer) = self.top().data_file().write(host, from).await;
+            return (result.map_err(|error| LayerError::io("write", Structure::Data, host, error)), buffer);
+        }
+        let (vectors, owned) = match from {
+            Buffer::Shared(vectors) => (vectors, None),
+            Buffer::Owned(buffer) => (AlignedBuffer::copy_of(&buffer).into_shared(), Some(buffer)),
+        };
+        let result = self.write_pieces(range, &pieces, &vectors).await;
+        (result, owned.map_or(Buffer::Shared(vectors), Buffer::Owned))
+    }
+
+    /// Makes the range read as zeros. `unmap` allows to give its space up.
+    ///
+    /// # Errors
+    /// As for [`write`](Self::write).
+    pub async fn write_zeroes(self: &Arc<Self>, range: GuestRange, unmap: bool) -> Result<(), LayerError> {
+        self.admit_change(range)?;
+        let unit = self.top().mapping_unit().unwrap_or(SECTOR_BYTES);
+        let whole = self.shrink_to_units(range, unit);
+        if whole.is_empty() {
+            return self.write_zero_bytes(range).await;
+        }
+        if !self.top().write_zeroes(whole, unmap, &|extent| self.record(extent)).await? {
+            return self.write_zero_bytes(range).await;
+        }
+        self.write_zero_bytes(GuestRange::between(range.start, whole.start)).await?;
+        self.write_zero_bytes(GuestRange::between(whole.end(), range.end())).await
+    }
+
+    /// Gives up the space of the whole units in the range; their bytes read as zeros afterwards or, without a layer beneath, may stay.
+    ///
+    /// # Errors
+    /// As for [`write`](Self::write).
+    pub async fn discard(self: &Arc<Self>, range: GuestRange) -> Result<(), LayerError> {
+        self.admit_change(range)?;
+        let unit = self.top().mapping_unit().unwrap_or(SECTOR_BYTES);
+        let whole = self.shrink_to_units(range, unit);
+        if whole.is_empty() {
+            return Ok(());
+        }
+        self.top().discard(whole, self.layers.len() > 1, &|extent| self.record(extent)).await
+    }
+
+    fn admit_change(&self, range: GuestRange) -> Result<(), LayerError> {
+        self.check_range(range, self.virtual_size())?;
+        if self.stack().is_none_or(|stack| stack.is_read_only()) {
+            return Err(LayerError::ReadOnly);
+        }
+        self.top().admit_write()
+    }
+
+    /// The whole units in a range; a last unit that the end of the disk cuts short counts as whole.
+    fn shrink_to_units(&self, range: GuestRange, unit: u64) -> GuestRange {
+        let size = self.virtual_size();
+        let end = if range.end().get() == size { range.end() } else { range.end().align_down(unit) };
+        GuestRange::between(range.start.align_up(unit), end)
+    }
+
+    /// Where bytes at `place` may be overwritten, if they may.
+    fn overwritable(&self, place: Place) -> Option<crate::units::HostOffset> {
+        match place {
+            Place::Data { layer, host, in_place: true } if layer == self.top_in_map() => Some(host),
+            _ => None,
+        }
+    }
+
+    async fn write_pieces(self: &Arc<Self>, range: GuestRange, pieces: &[Piece], from: &SharedVectors) -> Result<(), LayerError> {
+        let cluster = self.top().cluster_bytes();
+        let mut writes = Vec::new();
+        for piece in pieces {
+            let host = self.overwritable(piece.place);
+            let unit = if host.is_some() { None } else { cluster };
+            // A reservation stays within a cluster; an overwrite goes on for as long as the bytes do.
+            for part in piece.range.split_at_multiples(unit.unwrap_or(1 << 62)) {
+                let skip = position(range, part.start);
+                let bytes = from.slice(skip..skip + buffer_len(part));
+                let host = host.map(|host| host + (part.start - piece.range.start));
+                writes.push(async move {
+                    match host {
+                        Some(host) => {
+                            let (result, _) = self.top().data_file().write(host, Buffer::Shared(bytes)).await;
+                            result.map_err(|error| LayerError::io("write", Structure::Data, host, error))
+                        }
+                        None => self.write_new(part, bytes).await,
+                    }
+                });
+            }
+        }
+        try_join_all(writes).await.map(|_| ())
+    }
+
+    /// Writes to a part of one cluster that the top layer may not overwrite where it is.
+    async fn write_new(self: &Arc<Self>, range: GuestRange, from: SharedVectors) -> Result<(), LayerError> {
+        let top = self.top();
+        let reservation = top.reserve(range).await?;
+        let whole = reservation.range(range);
+        let mut start = whole.start;
+        let mut parts = Vec::new();
+        let before = self.fill(GuestRange::between(whole.start, range.start), reservation.reads_zero()).await?;
+        match before {
+            Some(bytes) => parts.push(bytes),
+            None => start = range.start,
+        }
+        parts.push(from);
+        parts.extend(self.fill(GuestRange::between(range.end(), whole.end()), reservation.reads_zero()).await?);
+        let host = reservation.host() + (start - whole.start);
+        let bytes = if parts.len() == 1 { parts.remove(0) } else { SharedVectors::join(parts) };
+        let (result, _) = top.data_file().write(host, Buffer::Shared(bytes)).await;
+        result.map_err(|error| LayerError::io("write", Structure::Data, host, error))?;
+        let place = Mapping::Data { host: reservation.host(), in_place: true };
+        reservation.commit(|| self.record(Extent { range: whole, mapping: place }));
+        Ok(())
+    }
+
+    /// What the guest sees in `range` now, to be written beside new data in the same unit. `None` if nothing needs to be written.
+    async fn fill(self: &Arc<Self>, range: GuestRange, reads_zero: bool) -> Result<Option<SharedVectors>, LayerError> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        // Requests from before the cut may still be writing to the same unit in an older layer, and their bytes belong in the copy.
+        if let (Some(fence), Some(stack)) = (&self.fence, self.stack()) {
+            fence.ended().await;
+            if let Some(older) = self.top_number().checked_sub(1) {
+                stack.retirements.all_up_to(older).await;
+            }
+        }
+        // The unit may reach past the end of the disk, where there is nothing to read.
+        let visible = range.intersection(super::whole_disk(self.virtual_size()));
+        let pieces = self.resolve(visible).await?;
+        if reads_zero && pieces.iter().all(|piece| matches!(piece.place, Place::Zero { .. })) {
+            return Ok(None);
+        }
+        let (result, buffer) = Box::pin(self.read(visible.start, AlignedBuffer::zeroed(buffer_len(visible)).into())).await;
+        result?;
+        let bytes = buffer.into_owned();
+        if visible.len == range.len {
+            return Ok(Some(bytes.into_shared()));
+        }
+        let mut padded = AlignedBuffer::zeroed(buffer_len(range));
+        padded[..bytes.len()].copy_from_slice(&bytes);
+        Ok(Some(padded.into_shared()))
+    }
+
+    /// Writes zeros as data.
+    async fn write_zero_bytes(self: &Arc<Self>, range: GuestRange) -> Result<(), LayerError> {
+        for part in range.split_at_multiples(ZERO_PIECE_BYTES) {
+            let zeros = AlignedBuffer::zeroed(buffer_len(part));
+            self.write(part.start, zeros.into()).await.0?;
+        }
+        Ok(())
+    }
+
+    /// Takes a change of the top layer's table over into the map.
+    fn record(&self, extent: Extent) {
+        let layer = self.top_in_map();
+        let place = match extent.mapping {
+            Mapping::Data { host, in_place } => Place::Data { layer, host, in_place },
+            Mapping::Compressed => Place::Compressed { layer },
+            // An unallocated unit of a layer with nothing beneath reads as zeros; above another layer discards leave zero units.
+            Mapping::Zero | Mapping::Unallocated => Place::Zero { layer },
+        };
+        let piece = Piece { range: extent.range, place };
+        if let Some(stack) = self.stack() {
+            // A fence may have replaced the map meanwhile, and those who fill the new one may have read the table before. Requests of this
+            // view still use the old one.
+            let present = &stack.present.load().map;
+            present.record(piece);
+            if !Arc::ptr_eq(present, &self.map) {
+                self.map.record(piece);
+            }
+        }
+    }
+}
+
+/// Where one byte is; for tests and tools.
+impl<E: Environment> View<E> {
+    /// The pieces of `range`, in order: which layer holds what, and where.
+    ///
+    /// # Errors
+    /// `OutOfRange` unless they are whole sectors within the disk; whatever the layers report.
+    pub async fn map(&self, range: GuestRange) -> Result<Vec<Piece>, LayerError> {
+        self.check_range(range, self.virtual_size())?;
+        self.resolve(GuestRange::new(GuestOffset::new(range.start.get()), range.len)).await.map(|pieces| pieces.to_vec())
+    }
+}
