@@ -1,0 +1,122 @@
+//! What happens without being asked for.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{JobStatus, SnapshotInfo};
+
+/// An event. Those not in this list are kept as they came by [`super::Incoming`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Event {
+    /// QEMU's: a job goes to another status.
+    JobStatusChange(JobStatusChange),
+    /// Every queue of every member has switched to the overlays, within the deadline.
+    SnapshotSwitched(SnapshotInfo),
+    /// The layers below will never change again; the snapshot is complete and durable.
+    SnapshotFrozen(SnapshotInfo),
+    /// The snapshot will not come to be; `error` says why.
+    SnapshotFailed(SnapshotInfo),
+    /// A front-end has connected to a device.
+    DeviceConnected(DeviceEvent),
+    /// A front-end has gone from a device.
+    DeviceDisconnected(DeviceEvent),
+    /// This client has not read for so long that events were left out.
+    EventsLost {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// Data of `JOB_STATUS_CHANGE`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobStatusChange {
+    /// The job.
+    pub id: String,
+    /// Its new status.
+    pub status: JobStatus,
+}
+
+/// Data of the events about one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceEvent {
+    /// The device.
+    pub device: String,
+}
+
+impl Event {
+    /// The event of a line from the daemon.
+    ///
+    /// # Errors
+    ///
+    /// If it is none that we know, or its data are of another shape.
+    pub fn parse(name: &str, data: &Value) -> Result<Self, serde_json::Error> {
+        Self::deserialize(serde_json::json!({ "event": name, "data": data }))
+    }
+
+    /// Its name on the wire.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::JobStatusChange(_) => "JOB_STATUS_CHANGE",
+            Self::SnapshotSwitched(_) => "SNAPSHOT_SWITCHED",
+            Self::SnapshotFrozen(_) => "SNAPSHOT_FROZEN",
+            Self::SnapshotFailed(_) => "SNAPSHOT_FAILED",
+            Self::DeviceConnected(_) => "DEVICE_CONNECTED",
+            Self::DeviceDisconnected(_) => "DEVICE_DISCONNECTED",
+            Self::EventsLost { .. } => "EVENTS_LOST",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::protocol::{Moment, SnapshotDevice, SnapshotState};
+
+    #[test]
+    fn every_event_is_read_and_written_the_same() {
+        let snapshot = SnapshotInfo {
+            name: "s".to_owned(),
+            state: SnapshotState::Switched,
+            created: Moment::from_unix_microseconds(1_735_689_600_000_001),
+            job: Some("j".to_owned()),
+            devices: vec![SnapshotDevice {
+                device: "vda".to_owned(),
+                overlay: "/o".into(),
+                frozen_layer: "/f".into(),
+                switch_us: Some(5),
+                hold_us: Some(7),
+                freeze_us: None,
+            }],
+            switch_us: Some(5),
+            hold_us: Some(7),
+            freeze_us: None,
+            error: None,
+        };
+        let written = json!({
+            "name": "s", "state": "switched", "created": "2025-01-01T00:00:00.000001Z", "job": "j", "switch_us": 5, "hold_us": 7,
+            "devices": [{ "device": "vda", "overlay": "/o", "frozen_layer": "/f", "switch_us": 5, "hold_us": 7 }],
+        });
+        let device = DeviceEvent { device: "vda".to_owned() };
+        let table = [
+            (
+                Event::JobStatusChange(JobStatusChange { id: "j".to_owned(), status: JobStatus::Concluded }),
+                json!({ "id": "j", "status": "concluded" }),
+            ),
+            (Event::SnapshotSwitched(snapshot.clone()), written.clone()),
+            (Event::SnapshotFrozen(snapshot.clone()), written.clone()),
+            (Event::SnapshotFailed(snapshot), written),
+            (Event::DeviceConnected(device.clone()), json!({ "device": "vda" })),
+            (Event::DeviceDisconnected(device), json!({ "device": "vda" })),
+            (Event::EventsLost { count: 3 }, json!({ "count": 3 })),
+        ];
+        for (event, data) in table {
+            assert_eq!(serde_json::to_value(&event).unwrap(), json!({ "event": event.name(), "data": data }));
+            assert_eq!(Event::parse(event.name(), &data).unwrap(), event);
+        }
+        assert!(Event::parse("NO_SUCH_EVENT", &json!({})).is_err());
+    }
+}
