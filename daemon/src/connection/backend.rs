@@ -1,0 +1,142 @@
+//! The device behind one connection, as crate vhost-user-backend asks for it.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use snapfence_image_format::storage::Environment;
+use tracing::debug;
+use vhost::vhost_user::message::{VhostTransferStateDirection, VhostTransferStatePhase, VhostUserProtocolFeatures};
+use vhost_user_backend::VhostUserBackend;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+
+use super::configuration;
+use super::vring::{Control, HookVring, Memory};
+use crate::device::Device;
+
+/// Answers the messages that are not about one ring.
+#[derive(Debug)]
+pub(super) struct Backend<E: Environment> {
+    device: Arc<Device<E>>,
+    rings: Vec<Arc<Control>>,
+    /// Whether a ring of this connection has been started, so that there is a driver that relies on what it has chosen.
+    has_started: AtomicBool,
+}
+
+impl<E: Environment> Backend<E> {
+    pub(super) fn new(device: Arc<Device<E>>, rings: Vec<Arc<Control>>) -> Self {
+        Self { device, rings, has_started: AtomicBool::new(false) }
+    }
+
+    pub(super) fn rings(&self) -> &[Arc<Control>] {
+        &self.rings
+    }
+
+    /// Stops all rings at once, after what is in flight.
+    pub(super) fn stop_rings(&self) {
+        let stopping: Vec<_> = self.rings.iter().map(|ring| (ring, ring.begin_stop())).collect();
+        let deadline = Control::drain_deadline();
+        for (ring, answer) in stopping {
+            if let Some(answer) = answer {
+                ring.finish_stop(&answer, deadline);
+            }
+        }
+    }
+
+    fn has_started(&self) -> bool {
+        if self.rings.iter().any(|ring| ring.is_running()) {
+            self.has_started.store(true, Ordering::Relaxed);
+        }
+        self.has_started.load(Ordering::Relaxed)
+    }
+}
+
+impl<E: Environment> VhostUserBackend for Backend<E> {
+    type Bitmap = ();
+    type Vring = HookVring;
+
+    fn num_queues(&self) -> usize {
+        self.rings.len()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(self.device.options().queue_size)
+    }
+
+    /// None of the crate's threads: the rings are served by our workers.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
+    fn features(&self) -> u64 {
+        configuration::features(&self.device)
+    }
+
+    fn acked_features(&self, features: u64) {
+        debug!(device = self.device.name(), features, "front-end has accepted features");
+        self.device.cache().set_features(features);
+        for ring in &self.rings {
+            ring.set_indirect(configuration::ring_features(features).indirect);
+        }
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        configuration::protocol_features()
+    }
+
+    /// The event index comes to each ring by [`HookVring`].
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    /// After the crate has disabled, and so drained, every ring.
+    fn reset_device(&self) {
+        self.stop_rings();
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        if configuration::covers_write_back(offset, size as usize) && !self.has_started() {
+            self.device.cache().reset();
+        }
+        configuration::read(&self.device, offset, size)
+    }
+
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        configuration::write(&self.device, offset, bytes);
+        Ok(())
+    }
+
+    /// The memory table has changed. Returns, and so lets the front-end go on, when nothing in flight uses the table before.
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        let memory = memory.memory().into_inner();
+        let changing: Vec<_> = self.rings.iter().map(|ring| (ring, ring.change_memory(&memory))).collect();
+        let deadline = Control::drain_deadline();
+        for (ring, answer) in changing {
+            if let Some(answer) = answer {
+                ring.await_memory(&answer, deadline);
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_event(&self, _event: u16, _events: EventSet, _vrings: &[HookVring], _thread: usize) -> io::Result<()> {
+        // Only the crate's threads call this, and there are none.
+        Ok(())
+    }
+
+    /// There is no state beside the image and what front-ends keep: saving writes nothing, and closing the file says that this was all.
+    fn set_device_state_fd(
+        &self,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        file: File,
+    ) -> io::Result<Option<File>> {
+        debug!(device = self.device.name(), ?direction, "front-end transfers the device state, which is empty");
+        drop(file);
+        Ok(None)
+    }
+
+    fn check_device_state(&self) -> io::Result<()> {
+        Ok(())
+    }
+}

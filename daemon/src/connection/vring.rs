@@ -1,0 +1,318 @@
+//! A ring as vhost-user messages see it.
+//!
+//! Crate vhost-user-backend keeps one object per ring, and calls one of its methods for each message about the ring. With an object of our own
+//! and no worker threads of the crate's, the rings are ours: methods put the configuration together and command the queue's worker. They
+//! run on the thread that reads messages, so a method that waits delays the answer, which is what draining needs.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tracing::{error, warn};
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::Error as QueueError;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::vring::{GuestMemory, RingFeatures, RingLayout, Signal};
+use crate::worker::{QueueHandle, Start};
+
+/// Guest memory as the crate keeps it.
+pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// How long a drain may take. The VMM stands still meanwhile, so it ends some time even on storage that never answers.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a worker may take to see a command that needs no I/O.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One ring of one connection.
+#[derive(Debug)]
+pub(super) struct Control {
+    /// For the log.
+    device: String,
+    index: u16,
+    queue: QueueHandle,
+    state: Mutex<State>,
+}
+
+/// What messages have said so far.
+#[derive(Debug, Default)]
+struct State {
+    layout: RingLayout,
+    base: u16,
+    features: RingFeatures,
+    is_enabled: bool,
+    is_running: bool,
+    /// The next "no kick descriptor" belongs to a stop and is no message.
+    is_stopping: bool,
+    call: Option<Arc<Signal>>,
+    error: Option<Arc<Signal>>,
+}
+
+impl Control {
+    pub(super) fn new(device: String, index: u16, queue: QueueHandle) -> Arc<Self> {
+        Arc::new(Self { device, index, queue, state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_indirect(&self, indirect: bool) {
+        self.state().features.indirect = indirect;
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.state().is_running
+    }
+
+    /// Tells the worker about another memory table. `None` if the ring does not run.
+    pub(super) fn change_memory(&self, memory: &Arc<GuestMemoryMmap>) -> Option<Receiver<()>> {
+        self.state().is_running.then(|| self.queue.set_memory(GuestMemory::new(memory)))
+    }
+
+    /// Waits for the answer to [`change_memory`](Self::change_memory).
+    pub(super) fn await_memory(&self, answer: &Receiver<()>, until: Instant) {
+        if answer.recv_timeout(until.saturating_duration_since(Instant::now())).is_err() {
+            error!(device = self.device, queue = self.index, "requests still use memory that the front-end takes away");
+        }
+    }
+
+    /// Begins to stop the ring; [`finish_stop`](Self::finish_stop) waits for it.
+    pub(super) fn begin_stop(&self) -> Option<Receiver<u16>> {
+        let mut state = self.state();
+        std::mem::replace(&mut state.is_running, false).then(|| self.queue.stop())
+    }
+
+    /// Waits until nothing is in flight, and remembers where the ring stopped.
+    pub(super) fn finish_stop(&self, answer: &Receiver<u16>, until: Instant) {
+        let stopped = answer.recv_timeout(until.saturating_duration_since(Instant::now())).or_else(|_| {
+            error!(device = self.device, queue = self.index, "ring did not drain in time: requests in flight are lost to the guest");
+            self.queue.abandon().recv_timeout(COMMAND_TIMEOUT)
+        });
+        match stopped {
+            Ok(next_avail) => self.state().base = next_avail,
+            Err(_) => error!(device = self.device, queue = self.index, "queue thread does not answer"),
+        }
+    }
+
+    /// When a drain that begins now must have ended.
+    pub(super) fn drain_deadline() -> Instant {
+        Instant::now() + DRAIN_TIMEOUT
+    }
+
+    fn stop(&self) {
+        if let Some(answer) = self.begin_stop() {
+            self.finish_stop(&answer, Self::drain_deadline());
+        }
+    }
+
+    fn start(&self, kick: OwnedFd, memory: &Memory) {
+        let mut state = self.state();
+        let start = Start {
+            layout: state.layout,
+            features: state.features,
+            base: state.base,
+            memory: GuestMemory::new(&memory.memory().into_inner()),
+            kick,
+            call: state.call.clone(),
+            error: state.error.clone(),
+            enabled: state.is_enabled,
+        };
+        match self.queue.start(start).recv_timeout(COMMAND_TIMEOUT) {
+            Ok(Ok(())) => state.is_running = true,
+            Ok(Err(cause)) => {
+                warn!(device = self.device, queue = self.index, %cause, "ring cannot be started");
+                if let Some(error) = &state.error {
+                    error.raise();
+                }
+            }
+            Err(_) => error!(device = self.device, queue = self.index, "queue thread does not answer"),
+        }
+    }
+}
+
+thread_local! {
+    /// The crate makes its rings itself, from nothing but memory and size, on the thread that makes its daemon. What they are for comes this way.
+    static NEXT: RefCell<VecDeque<Arc<Control>>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// Runs `make`, which makes one [`HookVring`] for each of `controls`, in order.
+pub(super) fn with_controls<T>(controls: &[Arc<Control>], make: impl FnOnce() -> T) -> T {
+    NEXT.set(controls.iter().cloned().collect());
+    let made = make();
+    NEXT.take();
+    made
+}
+
+/// The crate's object for a ring.
+#[derive(Clone)]
+pub(super) struct HookVring {
+    /// What the crate looks into. It never learns of a kick, so it takes the ring for one that is not ready, and leaves it alone.
+    inner: VringMutex<Memory>,
+    memory: Memory,
+    control: Arc<Control>,
+}
+
+impl<'a> VringStateGuard<'a, Memory> for HookVring {
+    type G = MutexGuard<'a, VringState<Memory>>;
+}
+
+impl<'a> VringStateMutGuard<'a, Memory> for HookVring {
+    type G = MutexGuard<'a, VringState<Memory>>;
+}
+
+impl VringT<Memory> for HookVring {
+    fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
+        let control = NEXT.with_borrow_mut(VecDeque::pop_front).ok_or(QueueError::QueueNotReady)?;
+        Ok(Self { inner: VringMutex::new(memory.clone(), max_queue_size)?, memory, control })
+    }
+
+    fn get_ref(&self) -> MutexGuard<'_, VringState<Memory>> {
+        self.inner.get_ref()
+    }
+
+    fn get_mut(&self) -> MutexGuard<'_, VringState<Memory>> {
+        self.inner.get_mut()
+    }
+
+    // The five that follow are for users of the crate's worker threads.
+
+    fn add_used(&self, head: u16, len: u32) -> Result<(), QueueError> {
+        self.inner.add_used(head, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.inner.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, QueueError> {
+        self.inner.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), QueueError> {
+        self.inner.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, QueueError> {
+        self.inner.needs_notification()
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        self.inner.read_kick()
+    }
+
+    /// `SET_VRING_ENABLE`. Disabling drains: Cloud Hypervisor pauses a guest with nothing else, and then saves its memory.
+    fn set_enabled(&self, enabled: bool) {
+        let mut state = self.control.state();
+        state.is_enabled = enabled;
+        if !state.is_running {
+            return;
+        }
+        if enabled {
+            self.control.queue.enable();
+        } else if self.control.queue.disable().recv_timeout(DRAIN_TIMEOUT).is_err() {
+            error!(device = self.control.device, queue = self.control.index, "ring did not drain in time and is not at rest");
+        }
+    }
+
+    /// `SET_VRING_NUM`.
+    fn set_queue_size(&self, size: u16) {
+        let mut state = self.control.state();
+        if state.is_running {
+            warn!(device = self.control.device, queue = self.control.index, size, "front-end resizes a running ring: ignored");
+        } else {
+            state.layout.size = size;
+        }
+    }
+
+    /// `SET_VRING_ADDR`, in guest addresses. Comes for running rings too, when a migration begins to log; nothing changes then.
+    fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), QueueError> {
+        let mut state = self.control.state();
+        let layout = RingLayout { size: state.layout.size, descriptors, available, used };
+        if state.is_running && layout != state.layout {
+            warn!(device = self.control.device, queue = self.control.index, "front-end moves a running ring");
+            return Err(QueueError::QueueNotReady);
+        }
+        state.layout = layout;
+        Ok(())
+    }
+
+    /// `GET_VRING_BASE`, after the ring has stopped.
+    fn queue_next_avail(&self) -> u16 {
+        self.control.state().base
+    }
+
+    /// `SET_VRING_BASE`.
+    fn set_queue_next_avail(&self, base: u16) {
+        let mut state = self.control.state();
+        if state.is_running {
+            warn!(device = self.control.device, queue = self.control.index, base, "front-end sets the base of a running ring: ignored");
+        } else {
+            state.base = base;
+        }
+    }
+
+    /// The crate sets what it has just asked for. The ring looks for itself when it starts.
+    fn set_queue_next_used(&self, _index: u16) {}
+
+    fn queue_used_idx(&self) -> Result<u16, QueueError> {
+        Ok(0)
+    }
+
+    /// `SET_FEATURES`, which may come again while rings run, with or without the logging of a migration.
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.control.state().features.event_idx = enabled;
+    }
+
+    /// `GET_VRING_BASE` begins with `false`: the ring stops, after what is in flight. `true` never comes without a kick in `inner`.
+    fn set_queue_ready(&self, ready: bool) {
+        if !ready {
+            self.control.state().is_stopping = true;
+            self.control.stop();
+        }
+    }
+
+    /// `SET_VRING_KICK` starts a stopped ring, and gives a running one another descriptor. `None` also ends `GET_VRING_BASE`.
+    fn set_kick(&self, kick: Option<File>) {
+        let mut state = self.control.state();
+        let was_stopping = std::mem::replace(&mut state.is_stopping, false);
+        match kick {
+            Some(kick) if state.is_running => self.control.queue.set_kick(kick.into()),
+            Some(kick) => {
+                drop(state);
+                self.control.start(kick.into(), &self.memory);
+            }
+            None if was_stopping => {}
+            None => warn!(
+                device = self.control.device,
+                queue = self.control.index,
+                "front-end wants its ring polled, which is not supported: it must give a kick descriptor"
+            ),
+        }
+    }
+
+    /// `SET_VRING_CALL`. `None` is a driver that polls.
+    fn set_call(&self, call: Option<File>) {
+        let call = call.map(|call| Arc::new(Signal::new(call.into())));
+        let mut state = self.control.state();
+        state.call.clone_from(&call);
+        if state.is_running {
+            self.control.queue.set_call(call);
+        }
+    }
+
+    /// `SET_VRING_ERR`.
+    fn set_err(&self, error: Option<File>) {
+        let error = error.map(|error| Arc::new(Signal::new(error.into())));
+        let mut state = self.control.state();
+        state.error.clone_from(&error);
+        if state.is_running {
+            self.control.queue.set_error(error);
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! One disk as guests see it, whoever is connected to it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use snapfence_image_format::error::LayerError;
+use snapfence_image_format::stack::Stack;
+use snapfence_image_format::storage::Environment;
+use tracing::warn;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+
+use crate::vring::Limits;
+use crate::vring::request::ID_BYTES;
+
+/// Most queues of a device: what a vhost-user message can number.
+pub const MAX_QUEUES: u16 = 256;
+/// Largest size of a queue: QEMU takes no larger one either.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// What the operator decides about a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceOptions {
+    /// What people call it.
+    pub name: String,
+    /// What the guest can ask for by `GET_ID`: at most 20 bytes.
+    pub serial: String,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Number of virtqueues offered, 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// Largest queue size that is accepted, a power of two up to [`MAX_QUEUE_SIZE`].
+    pub queue_size: u16,
+}
+
+/// Why a device cannot be as the operator wants it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// Too long.
+    #[error("serial {0:?} is longer than {ID_BYTES} bytes")]
+    Serial(String),
+    /// None, or too many.
+    #[error("{0} queues: must be 1 to {MAX_QUEUES}")]
+    Queues(u16),
+    /// A size that no ring can have.
+    #[error("queue size {0}: must be a power of two, 2 to {MAX_QUEUE_SIZE}")]
+    QueueSize(u16),
+}
+
+/// A disk that is served. Shared by its connection and its queues.
+#[derive(Debug)]
+pub struct Device<E: Environment> {
+    options: DeviceOptions,
+    serial: [u8; ID_BYTES],
+    stack: Arc<Stack<E>>,
+    cache: WriteCache,
+    failures: AtomicU64,
+}
+
+impl<E: Environment> Device<E> {
+    /// A device over `stack`.
+    ///
+    /// # Errors
+    /// If the options contradict what virtio-blk can do.
+    pub fn new(options: DeviceOptions, stack: Arc<Stack<E>>) -> Result<Arc<Self>, DeviceError> {
+        let bytes = options.serial.as_bytes();
+        let mut serial = [0; ID_BYTES];
+        serial.get_mut(..bytes.len()).ok_or_else(|| DeviceError::Serial(options.serial.clone()))?.copy_from_slice(bytes);
+        if !(1..=MAX_QUEUES).contains(&options.queues) {
+            return Err(DeviceError::Queues(options.queues));
+        }
+        if !options.queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&options.queue_size) {
+            return Err(DeviceError::QueueSize(options.queue_size));
+        }
+        Ok(Arc::new(Self { options, serial, stack, cache: WriteCache::default(), failures: AtomicU64::new(0) }))
+    }
+
+    /// What the operator calls it.
+    pub fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    /// What the operator decided.
+    pub fn options(&self) -> &DeviceOptions {
+        &self.options
+    }
+
+    /// The serial number, filled up with zeros.
+    pub fn serial(&self) -> &[u8; ID_BYTES] {
+        &self.serial
+    }
+
+    /// Where the bytes are.
+    pub fn stack(&self) -> &Arc<Stack<E>> {
+        &self.stack
+    }
+
+    /// Which requests make sense.
+    pub fn limits(&self) -> Limits {
+        Limits { bytes: self.stack.virtual_size(), read_only: self.options.read_only }
+    }
+
+    /// The guest's choice between write-back and write-through.
+    pub fn cache(&self) -> &WriteCache {
+        &self.cache
+    }
+
+    /// Requests that the stack has failed.
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of a request that the stack has failed. Says so for the first one and then ever more rarely: a dead disk fails them all.
+    pub fn note_failure(&self, error: &LayerError) {
+        let count = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
+        if count.is_power_of_two() {
+            warn!(device = self.name(), count, %error, "request failed");
+        }
+    }
+}
+
+/// Whether completed writes may be lost until the guest flushes (write-back, the default) or must be durable (write-through).
+///
+/// The choice outlives the connection and device resets. Front-ends keep a copy of the configuration space and tell us changes only (QEMU reads
+/// it once, when the device is made, and sends the byte only when it differs from that copy), so the guest of a front-end that comes back
+/// may still count on write-through. It goes back to the default for a front-end that reads it before it starts a ring, and so learns of it.
+#[derive(Debug)]
+pub struct WriteCache {
+    choice: Mutex<Choice>,
+    /// What follows from the choice, for queues.
+    write_through: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Choice {
+    /// Virtio feature bits that the driver has accepted.
+    features: u64,
+    /// The byte in the configuration space.
+    write_back: bool,
+}
+
+impl Default for WriteCache {
+    fn default() -> Self {
+        Self { choice: Mutex::new(Choice { features: 1 << VIRTIO_BLK_F_FLUSH, write_back: true }), write_through: AtomicBool::new(false) }
+    }
+}
+
+impl WriteCache {
+    /// Whether a write that is taken now must be durable when it completes.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// The byte for the configuration space: 1 for write-back.
+    pub fn write_back(&self) -> u8 {
+        u8::from(self.choice().write_back)
+    }
+
+    /// The driver sets the byte in the configuration space.
+    pub fn set_write_back(&self, write_back: bool) {
+        self.change(|choice| choice.write_back = write_back);
+    }
+
+    /// Goes back to the default, as whoever configures the device is about to read. Not for a driver that may rely on what it chose.
+    pub fn reset(&self) {
+        self.change(|choice| choice.write_back = choice.features & (1 << VIRTIO_BLK_F_FLUSH) != 0);
+    }
+
+    /// The driver has accepted these virtio features.
+    pub fn set_features(&self, features: u64) {
+        self.change(|choice| {
+            // VIRTIO 1.3, 5.2.5.2: without flushes the writes must be durable until the driver says otherwise.
+            if features & (1 << VIRTIO_BLK_F_FLUSH) == 0 {
+                choice.write_back = false;
+            }
+            choice.features = features;
+        });
+    }
+
+    fn choice(&self) -> MutexGuard<'_, Choice> {
+        self.choice.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Choice)) {
+        let mut choice = self.choice();
+        change(&mut choice);
+        // VIRTIO 1.3, 5.2.6.2, "a write becomes stable": a driver with neither feature cannot flush and relies on every write; one that cannot
+        // choose but flush flushes.
+        let write_through = match choice.features & (1 << VIRTIO_BLK_F_CONFIG_WCE) {
+            0 => choice.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
+            _ => !choice.write_back,
+        };
+        self.write_through.store(write_through, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+    const WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
+
+    #[test]
+    fn write_through_is_what_driver_and_specification_agree_on() {
+        // (features, byte set by the driver afterwards, write-through)
+        for (features, byte, expected) in [
+            (FLUSH, None, false),
+            (FLUSH, Some(false), false),
+            (FLUSH | WCE, None, false),
+            (FLUSH | WCE, Some(false), true),
+            (FLUSH | WCE, Some(true), false),
+            (WCE, None, true),
+            (WCE, Some(true), false),
+            (0, None, true),
+            (0, Some(true), true),
+        ] {
+            let cache = WriteCache::default();
+            cache.set_features(features);
+            if let Some(byte) = byte {
+                cache.set_write_back(byte);
+            }
+            assert_eq!(cache.is_write_through(), expected, "features {features:#x}, byte {byte:?}");
+        }
+    }
+
+    #[test]
+    fn the_choice_survives_a_renewed_negotiation() {
+        let cache = WriteCache::default();
+        cache.set_features(FLUSH | WCE);
+        cache.set_write_back(false);
+        cache.set_features(FLUSH | WCE);
+        assert!(cache.is_write_through());
+        assert_eq!(cache.write_back(), 0);
+    }
+}

@@ -1,0 +1,340 @@
+//! One virtqueue on its worker: from the ring to the stack and back.
+//!
+//! ```text
+//!           start                stop               nothing in flight
+//! stopped ─────────▶ running ───────────▶ draining ───────────────────▶ stopped
+//!    ▲                │   ▲ enable, disable
+//!    └──── abandon ───┘
+//! ```
+//!
+//! A request is one task. It keeps the view with which it was taken, serves itself, waits for the fence of that view, and only then writes its
+//! status and comes back; the queue gives all that have come back to the driver at once.
+
+use std::cell::RefCell;
+use std::ops::Deref;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use snapfence_image_format::runtime::Executor;
+use snapfence_image_format::stack::{Attachment, Participant, View};
+use snapfence_image_format::storage::Environment;
+use tracing::{debug, warn};
+
+use super::Doorbells;
+use super::command::{Answer, Command, Start};
+use crate::device::Device;
+use crate::vring::request::Parsed;
+use crate::vring::{Broken, Ring, Signal, Status, Used};
+
+/// A virtqueue.
+pub(super) struct Queue<E: Environment, B> {
+    id: u64,
+    index: u16,
+    device: Rc<Counted<Device<E>>>,
+    /// Fences of the device's stack wait for this thread.
+    _attachment: Attachment,
+    /// The present view, as long as requests are being taken with it.
+    view: Option<Rc<Counted<View<E>>>>,
+    state: State<B>,
+    /// Memory for what is given back at once.
+    batch: Vec<Used>,
+}
+
+/// One count of something that threads share, so that requests count on their own thread only.
+struct Counted<T>(Arc<T>);
+
+impl<T> Deref for Counted<T> {
+    type Target = Arc<T>;
+    fn deref(&self) -> &Arc<T> {
+        &self.0
+    }
+}
+
+enum State<B> {
+    Stopped {
+        /// Where a restart goes on.
+        next_avail: u16,
+    },
+    Running(Box<Running<B>>),
+}
+
+/// A ring that runs.
+struct Running<B> {
+    ring: Ring,
+    _bell: B,
+    call: Option<Arc<Signal>>,
+    error: Option<Arc<Signal>>,
+    flow: Flow,
+    /// Taken and not given back.
+    in_flight: usize,
+    /// Requests that have ended. One list per start of a ring, so that those of an abandoned one never come into another.
+    ended: Rc<RefCell<Vec<Used>>>,
+    /// Held by each request in flight that uses the present memory.
+    memory_in_use: Rc<()>,
+    /// Memory tables before, and who waits until they are not used any more.
+    memories_before: Vec<(Rc<()>, Answer<()>)>,
+    /// Whether a chain of this ring has been reported as malformed. The rest is for those who debug: a guest must not fill the log.
+    has_complained: bool,
+}
+
+/// Whether chains are taken.
+enum Flow {
+    /// Yes.
+    Enabled,
+    /// Not before it is enabled; those wait for nothing to be in flight.
+    Disabled(Vec<Answer<()>>),
+    /// Never again; when nothing is in flight the ring is gone.
+    Stopping(Answer<u16>),
+    /// Never again, by the driver's fault, until the ring is started again.
+    Broken,
+}
+
+impl<E: Environment, B> Queue<E, B> {
+    /// A queue whose ring does not run.
+    pub(super) fn new(id: u64, device: Arc<Device<E>>, index: u16, participant: &Participant) -> Self {
+        let _attachment = device.stack().attach(participant);
+        Self {
+            id,
+            index,
+            device: Rc::new(Counted(device)),
+            _attachment,
+            view: None,
+            state: State::Stopped { next_avail: 0 },
+            batch: Vec::new(),
+        }
+    }
+
+    /// Its name on the worker.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The next request is taken with whatever is the present view then.
+    pub(super) fn forget_view(&mut self) {
+        self.view = None;
+    }
+
+    /// Does as told.
+    pub(super) fn obey(&mut self, command: Command, doorbells: &impl Doorbells<Bell = B>) {
+        let running = match &mut self.state {
+            State::Running(running) => running,
+            State::Stopped { next_avail } => {
+                match command {
+                    Command::Start { start, answer } => self.start(*start, &answer, doorbells),
+                    Command::Stop { answer } | Command::Abandon { answer } => tell(&answer, *next_avail),
+                    Command::Disable { answer } | Command::Memory { answer, .. } => tell(&answer, ()),
+                    Command::Enable | Command::Kick(_) | Command::Call(_) | Command::Error(_) | Command::Detach => {}
+                }
+                return;
+            }
+        };
+        match command {
+            Command::Start { start, answer } => self.start(*start, &answer, doorbells),
+            Command::Stop { answer } => running.flow = Flow::Stopping(answer),
+            Command::Abandon { answer } => {
+                let next_avail = running.ring.next_avail();
+                warn!(device = self.device.name(), queue = self.index, in_flight = running.in_flight, "ring abandoned");
+                self.state = State::Stopped { next_avail };
+                tell(&answer, next_avail);
+            }
+            Command::Enable => {
+                if let Flow::Disabled(_) = running.flow {
+                    running.flow = Flow::Enabled;
+                }
+            }
+            Command::Disable { answer } => match &mut running.flow {
+                Flow::Enabled => running.flow = Flow::Disabled(vec![answer]),
+                Flow::Disabled(waiting) => waiting.push(answer),
+                // Nothing more is taken anyway; what is in flight of a broken ring is not worth waiting for.
+                Flow::Stopping(_) | Flow::Broken => tell(&answer, ()),
+            },
+            Command::Kick(kick) => running._bell = doorbells.watch(kick),
+            Command::Call(call) => running.call = call,
+            Command::Error(error) => running.error = error,
+            Command::Memory { memory, answer } => {
+                let before = std::mem::replace(&mut running.memory_in_use, Rc::new(()));
+                running.memories_before.push((before, answer));
+                if let Err(error) = running.ring.set_memory(memory) {
+                    self.break_down(error.into());
+                }
+            }
+            Command::Detach => {}
+        }
+    }
+
+    fn start(&mut self, start: Start, answer: &Answer<Result<(), crate::vring::RingError>>, doorbells: &impl Doorbells<Bell = B>) {
+        let Start { layout, features, base, memory, kick, call, error, enabled } = start;
+        let ring = match Ring::new(memory, layout, features, base) {
+            Ok(ring) => ring,
+            Err(error) => return tell(answer, Err(error)),
+        };
+        if ring.next_avail() != base {
+            debug!(device = self.device.name(), queue = self.index, base, resumed_at = ring.next_avail(), "front-end's base is not used");
+        }
+        if ring.next_used() != 0
+            && let Some(call) = &call
+        {
+            // The ring has a past, and whoever served it may have gone between giving back and calling. One call too many is harmless.
+            call.raise();
+        }
+        self.state = State::Running(Box::new(Running {
+            ring,
+            _bell: doorbells.watch(kick),
+            call,
+            error,
+            flow: if enabled { Flow::Enabled } else { Flow::Disabled(Vec::new()) },
+            in_flight: 0,
+            ended: Rc::default(),
+            memory_in_use: Rc::new(()),
+            memories_before: Vec::new(),
+            has_complained: false,
+        }));
+        tell(answer, Ok(()));
+    }
+
+    /// Takes what the driver has made available, as far as it may be in flight, and makes a task of each chain.
+    pub(super) fn take(&mut self, executor: &Executor) {
+        let State::Running(running) = &mut self.state else { return };
+        if !matches!(running.flow, Flow::Enabled) {
+            return;
+        }
+        match running.ring.waiting() {
+            Ok(0) => return,
+            Ok(_) => running.ring.suppress_kicks(),
+            Err(broken) => return self.break_down(broken),
+        }
+        let view = self.view.get_or_insert_with(|| Rc::new(Counted(self.device.stack().view())));
+        let limits = self.device.limits();
+        // A driver cannot have more chains out than descriptors. One that claims to waits.
+        while running.in_flight < usize::from(running.ring.size()) {
+            let chain = match running.ring.take() {
+                Ok(Some(chain)) => chain,
+                Ok(None) => return,
+                Err(broken) => return self.break_down(broken),
+            };
+            running.in_flight += 1;
+            let parsed = Parsed::new(chain, limits);
+            if let Err(refusal) = &parsed.request {
+                let (device, queue, head) = (self.device.name(), self.index, parsed.head);
+                if running.has_complained {
+                    debug!(device, queue, head, %refusal, "request refused");
+                } else {
+                    running.has_complained = true;
+                    warn!(device, queue, head, %refusal, "request refused; further ones of this queue are logged for debugging only");
+                }
+            }
+            let request = Task {
+                parsed,
+                device: Rc::clone(&self.device),
+                view: Rc::clone(view),
+                ended: Rc::clone(&running.ended),
+                memory_in_use: Rc::clone(&running.memory_in_use),
+            };
+            executor.spawn(request.run());
+        }
+    }
+
+    /// Gives back what has ended, and answers those who have waited for it.
+    pub(super) fn give_back(&mut self) {
+        let State::Running(running) = &mut self.state else { return };
+        std::mem::swap(&mut self.batch, &mut running.ended.borrow_mut());
+        if !self.batch.is_empty() {
+            running.in_flight -= self.batch.len();
+            let wanted = running.ring.publish(&self.batch);
+            self.batch.clear();
+            if wanted && let Some(call) = &running.call {
+                call.raise();
+            }
+        }
+        running.memories_before.retain(|(in_use, answer)| {
+            let is_used = Rc::strong_count(in_use) > 1;
+            if !is_used {
+                tell(answer, ());
+            }
+            is_used
+        });
+        if running.in_flight > 0 {
+            return;
+        }
+        match &mut running.flow {
+            Flow::Enabled | Flow::Broken => {}
+            Flow::Disabled(waiting) => waiting.drain(..).for_each(|answer| tell(&answer, ())),
+            Flow::Stopping(answer) => {
+                let next_avail = running.ring.next_avail();
+                tell(answer, next_avail);
+                self.state = State::Stopped { next_avail };
+            }
+        }
+    }
+
+    /// Before the worker sleeps: asks for kicks. `true` if there is something to take after all.
+    pub(super) fn ask_for_kick(&mut self) -> bool {
+        let State::Running(running) = &mut self.state else { return false };
+        // A ring that may not be taken from needs no kicks; a full one goes on when something has ended.
+        if !matches!(running.flow, Flow::Enabled) || running.in_flight >= usize::from(running.ring.size()) {
+            return false;
+        }
+        match running.ring.ask_for_kick() {
+            Ok(waiting) => waiting,
+            Err(broken) => {
+                self.break_down(broken);
+                false
+            }
+        }
+    }
+
+    fn break_down(&mut self, cause: Broken) {
+        let State::Running(running) = &mut self.state else { return };
+        warn!(device = self.device.name(), queue = self.index, %cause, "ring broken by the driver, stopped until it is set up again");
+        if let Some(error) = &running.error {
+            error.raise();
+        }
+        // A stop that was under way still gets its answer.
+        if !matches!(running.flow, Flow::Stopping(_)) {
+            running.flow = Flow::Broken;
+        }
+    }
+}
+
+/// Answers, if anybody still waits.
+fn tell<T>(answer: &Answer<T>, value: T) {
+    // The channel has room for its one answer; if it is closed, whoever asked has given up.
+    let _ = answer.try_send(value);
+}
+
+/// A request on its way.
+struct Task<E: Environment> {
+    parsed: Parsed,
+    device: Rc<Counted<Device<E>>>,
+    view: Rc<Counted<View<E>>>,
+    ended: Rc<RefCell<Vec<Used>>>,
+    memory_in_use: Rc<()>,
+}
+
+impl<E: Environment> Task<E> {
+    async fn run(self) {
+        let Self { parsed, device, view, ended, memory_in_use } = self;
+        let (head, data_bytes) = (parsed.head, parsed.data_bytes());
+        let (status, filled) = match parsed.request {
+            Ok(request) => match request.serve(&view, device.serial(), device.cache()).await {
+                Ok(filled) => (Status::Ok, filled),
+                Err(error) => {
+                    device.note_failure(&error);
+                    (Status::from(&error), 0)
+                }
+            },
+            Err(refusal) => (refusal.status(), 0),
+        };
+        // Nothing of the answer may be seen before the fence is passed, the status byte included.
+        view.completions_released().await;
+        let written = match parsed.status {
+            Some(place) => {
+                place.copy_in(0, &[status as u8]);
+                Parsed::written(data_bytes, filled)
+            }
+            None => 0,
+        };
+        ended.borrow_mut().push(Used { head, written });
+        drop(memory_in_use);
+    }
+}
