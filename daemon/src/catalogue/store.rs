@@ -1,0 +1,551 @@
+//! The catalogue's tables. Every function is one transaction and blocks until it is durable.
+//!
+//! | table | key | value |
+//! |---|---|---|
+//! | `meta` | `schema` | version of this layout |
+//! | `layers` | device, index from the base | [`LayerRecord`] as JSON |
+//! | `snapshots` | name | [`SnapshotRecord`] as JSON |
+//!
+//! Layers have rows of their own so that a snapshot of a deep stack adds one row and rewrites none.
+
+use std::path::{Path, PathBuf};
+
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, WriteTransaction};
+
+use super::records::{DeviceRecord, DeviceTimes, LayerRecord, SnapshotRecord, SnapshotState};
+
+/// Version of the layout that this program writes.
+pub const SCHEMA: u64 = 1;
+
+/// Memory for cached pages. The catalogue is small and rarely read.
+const CACHE_BYTES: usize = 1 << 20;
+
+const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
+const LAYERS: TableDefinition<(&str, u32), &[u8]> = TableDefinition::new("layers");
+const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
+
+/// Why the catalogue could not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogueError {
+    /// Another daemon uses the state directory.
+    #[error("the state directory {0} is in use by another snapfenced; stop it or use another directory")]
+    InUse(PathBuf),
+    /// The state directory cannot be used.
+    #[error("cannot {action} {path}: {source}")]
+    StateDirectory {
+        /// "make", "open" and so on.
+        action: &'static str,
+        /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The database refuses.
+    #[error("the catalogue cannot be {action}: {source}")]
+    Database {
+        /// "opened", "read", "written".
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: redb::Error,
+    },
+    /// A newer program wrote it.
+    #[error("the catalogue has layout {found} and this program knows layouts up to {SCHEMA}: use the newer snapfenced that wrote it")]
+    Schema {
+        /// The version found.
+        found: u64,
+    },
+    /// A row that this program did not write.
+    #[error("the catalogue's record of {what} makes no sense: {source}")]
+    Record {
+        /// Of what.
+        what: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A snapshot name that is taken.
+    #[error("there already is a snapshot `{0}`")]
+    SnapshotExists(String),
+    /// A snapshot name that is not known.
+    #[error("there is no snapshot `{0}`")]
+    NoSnapshot(String),
+    /// A step that the snapshot's state does not allow.
+    #[error("snapshot `{name}` is {} and cannot become {}", from.name(), to.name())]
+    Transition {
+        /// Which snapshot.
+        name: String,
+        /// Its state.
+        from: SnapshotState,
+        /// The state asked for.
+        to: SnapshotState,
+    },
+    /// The thread of the catalogue has ended, because of a defect that it has reported.
+    #[error("the catalogue has stopped working")]
+    Stopped,
+}
+
+fn read_error(source: impl Into<redb::Error>) -> CatalogueError {
+    CatalogueError::Database { action: "read", source: source.into() }
+}
+
+fn write_error(source: impl Into<redb::Error>) -> CatalogueError {
+    CatalogueError::Database { action: "written", source: source.into() }
+}
+
+fn open_error(source: impl Into<redb::Error>) -> CatalogueError {
+    CatalogueError::Database { action: "opened", source: source.into() }
+}
+
+/// The open database.
+#[derive(Debug)]
+pub struct Store {
+    database: Database,
+}
+
+impl Store {
+    /// Opens the database at `path` or makes an empty one.
+    ///
+    /// # Errors
+    /// If it cannot be opened or has a newer layout.
+    pub fn open(path: &Path) -> Result<Self, CatalogueError> {
+        let database = Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(open_error)?;
+        Self::initialise(database)
+    }
+
+    /// The same on any storage: memory, a simulated disk.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn with_backend(backend: impl StorageBackend) -> Result<Self, CatalogueError> {
+        let database = Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend).map_err(open_error)?;
+        Self::initialise(database)
+    }
+
+    /// Checks the layout; writes only if the database is new, so that a start costs no flush.
+    fn initialise(database: Database) -> Result<Self, CatalogueError> {
+        let found = {
+            let transaction = database.begin_read().map_err(open_error)?;
+            match transaction.open_table(META) {
+                Ok(meta) => meta.get("schema").map_err(open_error)?.map(|version| version.value()),
+                Err(redb::TableError::TableDoesNotExist(_)) => None,
+                Err(error) => return Err(open_error(error)),
+            }
+        };
+        match found {
+            Some(SCHEMA) => {}
+            Some(found) => return Err(CatalogueError::Schema { found }),
+            None => {
+                let transaction = database.begin_write().map_err(open_error)?;
+                transaction.open_table(META).map_err(open_error)?.insert("schema", SCHEMA).map_err(open_error)?;
+                transaction.open_table(LAYERS).map_err(open_error)?;
+                transaction.open_table(SNAPSHOTS).map_err(open_error)?;
+                transaction.commit().map_err(open_error)?;
+            }
+        }
+        Ok(Self { database })
+    }
+
+    /// Every recorded device, in order of names.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub fn devices(&self) -> Result<Vec<DeviceRecord>, CatalogueError> {
+        let transaction = self.database.begin_read().map_err(read_error)?;
+        let table = transaction.open_table(LAYERS).map_err(read_error)?;
+        let mut devices: Vec<DeviceRecord> = Vec::new();
+        for row in table.iter().map_err(read_error)? {
+            let (key, value) = row.map_err(read_error)?;
+            let (name, _) = key.value();
+            let layer = decode(value.value(), || format!("device `{name}`"))?;
+            match devices.last_mut() {
+                Some(last) if last.name == name => last.layers.push(layer),
+                _ => devices.push(DeviceRecord { name: name.to_owned(), layers: vec![layer] }),
+            }
+        }
+        Ok(devices)
+    }
+
+    /// The record of one device.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub fn device(&self, name: &str) -> Result<Option<DeviceRecord>, CatalogueError> {
+        let transaction = self.database.begin_read().map_err(read_error)?;
+        let table = transaction.open_table(LAYERS).map_err(read_error)?;
+        let mut layers = Vec::new();
+        for row in table.range((name, 0)..=(name, u32::MAX)).map_err(read_error)? {
+            let (_, value) = row.map_err(read_error)?;
+            layers.push(decode(value.value(), || format!("device `{name}`"))?);
+        }
+        Ok((!layers.is_empty()).then(|| DeviceRecord { name: name.to_owned(), layers }))
+    }
+
+    /// Replaces the record of one device.
+    ///
+    /// # Errors
+    /// If the database cannot be written.
+    pub fn put_device(&mut self, record: &DeviceRecord) -> Result<(), CatalogueError> {
+        let transaction = self.database.begin_write().map_err(write_error)?;
+        {
+            let mut table = transaction.open_table(LAYERS).map_err(write_error)?;
+            table.retain_in((record.name.as_str(), 0)..=(record.name.as_str(), u32::MAX), |_, _| false).map_err(write_error)?;
+            for (index, layer) in (0_u32..).zip(&record.layers) {
+                let value = encode(layer, || format!("device `{}`", record.name))?;
+                table.insert((record.name.as_str(), index), value.as_slice()).map_err(write_error)?;
+            }
+        }
+        transaction.commit().map_err(write_error)
+    }
+
+    /// Drops the record of a device, and the snapshots in which it takes part.
+    ///
+    /// # Errors
+    /// If the database cannot be written.
+    pub fn forget_device(&mut self, name: &str) -> Result<(), CatalogueError> {
+        let members: Vec<String> = self
+            .snapshots()?
+            .into_iter()
+            .filter(|snapshot| snapshot.devices.iter().any(|member| member.device == name))
+            .map(|snapshot| snapshot.name)
+            .collect();
+        let transaction = self.database.begin_write().map_err(write_error)?;
+        {
+            let mut layers = transaction.open_table(LAYERS).map_err(write_error)?;
+            layers.retain_in((name, 0)..=(name, u32::MAX), |_, _| false).map_err(write_error)?;
+            let mut snapshots = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
+            for snapshot in &members {
+                snapshots.remove(snapshot.as_str()).map_err(write_error)?;
+            }
+        }
+        transaction.commit().map_err(write_error)
+    }
+
+    /// Every snapshot, oldest first.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>, CatalogueError> {
+        let transaction = self.database.begin_read().map_err(read_error)?;
+        let table = transaction.open_table(SNAPSHOTS).map_err(read_error)?;
+        let mut snapshots = Vec::new();
+        for row in table.iter().map_err(read_error)? {
+            let (key, value) = row.map_err(read_error)?;
+            snapshots.push(decode(value.value(), || format!("snapshot `{}`", key.value()))?);
+        }
+        snapshots.sort_by(|one: &SnapshotRecord, other| (one.created_us, &one.name).cmp(&(other.created_us, &other.name)));
+        Ok(snapshots)
+    }
+
+    /// One snapshot.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub fn snapshot(&self, name: &str) -> Result<Option<SnapshotRecord>, CatalogueError> {
+        let transaction = self.database.begin_read().map_err(read_error)?;
+        let table = transaction.open_table(SNAPSHOTS).map_err(read_error)?;
+        let value = table.get(name).map_err(read_error)?;
+        value.map(|value| decode(value.value(), || format!("snapshot `{name}`"))).transpose()
+    }
+
+    /// Records a new snapshot as intended.
+    ///
+    /// # Errors
+    /// If the name is taken or the database cannot be written.
+    pub fn intend(&mut self, snapshot: &SnapshotRecord) -> Result<(), CatalogueError> {
+        let transaction = self.database.begin_write().map_err(write_error)?;
+        {
+            let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
+            if table.get(snapshot.name.as_str()).map_err(write_error)?.is_some() {
+                return Err(CatalogueError::SnapshotExists(snapshot.name.clone()));
+            }
+            put_snapshot(&mut table, snapshot)?;
+        }
+        transaction.commit().map_err(write_error)
+    }
+
+    /// Takes back an intent of which nothing has happened.
+    ///
+    /// # Errors
+    /// If the database cannot be written.
+    pub fn drop_intent(&mut self, name: &str) -> Result<(), CatalogueError> {
+        let transaction = self.database.begin_write().map_err(write_error)?;
+        {
+            let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
+            table.remove(name).map_err(write_error)?;
+        }
+        transaction.commit().map_err(write_error)
+    }
+
+    /// Records that the devices in `adopted` have their overlays on top, and brings the snapshot into `state` (`Switched` or `Failed`).
+    ///
+    /// # Errors
+    /// If the snapshot is not known or not intended, or the database cannot be written.
+    pub fn adopt_overlays(
+        &mut self,
+        name: &str,
+        adopted: &[(String, DeviceTimes)],
+        state: SnapshotState,
+        error: Option<String>,
+    ) -> Result<SnapshotRecord, CatalogueError> {
+        self.change_snapshot(name, state, error, |transaction, snapshot| {
+            let mut layers = transaction.open_table(LAYERS).map_err(write_error)?;
+            for (device, times) in adopted {
+                let Some(member) = snapshot.device_mut(device) else { continue };
+                member.times = *times;
+                let range = (device.as_str(), 0)..=(device.as_str(), u32::MAX);
+                let last = layers.range(range).map_err(write_error)?.next_back().transpose().map_err(write_error)?;
+                let index = last.map_or(0, |(key, _)| key.value().1 + 1);
+                let value = encode(&member.overlay, || format!("device `{device}`"))?;
+                layers.insert((device.as_str(), index), value.as_slice()).map_err(write_error)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Records the end of a snapshot whose devices have switched: `Frozen`, or `Failed` with the reason.
+    ///
+    /// # Errors
+    /// If the snapshot is not known or its state does not allow it, or the database cannot be written.
+    pub fn conclude(
+        &mut self,
+        name: &str,
+        times: &[(String, DeviceTimes)],
+        state: SnapshotState,
+        error: Option<String>,
+    ) -> Result<SnapshotRecord, CatalogueError> {
+        self.change_snapshot(name, state, error, |_, snapshot| {
+            for (device, times) in times {
+                if let Some(member) = snapshot.device_mut(device) {
+                    member.times = *times;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn change_snapshot(
+        &mut self,
+        name: &str,
+        state: SnapshotState,
+        error: Option<String>,
+        change: impl FnOnce(&WriteTransaction, &mut SnapshotRecord) -> Result<(), CatalogueError>,
+    ) -> Result<SnapshotRecord, CatalogueError> {
+        let transaction = self.database.begin_write().map_err(write_error)?;
+        let snapshot = {
+            let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
+            let found = table.get(name).map_err(write_error)?.map(|value| decode(value.value(), || format!("snapshot `{name}`")));
+            let mut snapshot: SnapshotRecord = found.ok_or_else(|| CatalogueError::NoSnapshot(name.to_owned()))??;
+            if !snapshot.state.may_become(state) {
+                return Err(CatalogueError::Transition { name: name.to_owned(), from: snapshot.state, to: state });
+            }
+            snapshot.state = state;
+            snapshot.error = error;
+            change(&transaction, &mut snapshot)?;
+            put_snapshot(&mut table, &snapshot)?;
+            snapshot
+        };
+        transaction.commit().map_err(write_error)?;
+        Ok(snapshot)
+    }
+}
+
+fn put_snapshot(table: &mut redb::Table<'_, &str, &[u8]>, snapshot: &SnapshotRecord) -> Result<(), CatalogueError> {
+    let value = encode(snapshot, || format!("snapshot `{}`", snapshot.name))?;
+    table.insert(snapshot.name.as_str(), value.as_slice()).map_err(write_error)?;
+    Ok(())
+}
+
+fn encode(record: &impl serde::Serialize, what: impl FnOnce() -> String) -> Result<Vec<u8>, CatalogueError> {
+    serde_json::to_vec(record).map_err(|source| CatalogueError::Record { what: what(), source })
+}
+
+fn decode<T: serde::de::DeserializeOwned>(value: &[u8], what: impl FnOnce() -> String) -> Result<T, CatalogueError> {
+    serde_json::from_slice(value).map_err(|source| CatalogueError::Record { what: what(), source })
+}
+
+/// Layers that some record names as lying beneath another one: never to be opened for writing.
+///
+/// # Errors
+/// If the database cannot be read.
+pub fn layers_beneath(store: &Store) -> Result<Vec<(LayerRecord, String)>, CatalogueError> {
+    let mut beneath = Vec::new();
+    for device in store.devices()? {
+        let covered = device.layers.len().saturating_sub(1);
+        beneath.extend(device.layers.into_iter().take(covered).map(|layer| (layer, format!("device `{}`", device.name))));
+    }
+    for snapshot in store.snapshots()? {
+        // An intent may be dropped, and a failed one may have happened: in both cases the device's record above tells.
+        if matches!(snapshot.state, SnapshotState::Switched | SnapshotState::Frozen) {
+            beneath.extend(snapshot.devices.into_iter().map(|member| (member.frozen, format!("snapshot `{}`", snapshot.name))));
+        }
+    }
+    Ok(beneath)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use snapfence_image_format::chain::Format;
+
+    use super::super::records::SnapshotDevice;
+    use super::*;
+
+    pub(crate) fn layer(path: &str) -> LayerRecord {
+        LayerRecord { path: PathBuf::from(path), format: Format::Qcow2 }
+    }
+
+    pub(crate) fn intent(name: &str, device: &str, frozen: &str, overlay: &str) -> SnapshotRecord {
+        let member = SnapshotDevice {
+            device: device.to_owned(),
+            frozen: layer(frozen),
+            overlay: layer(overlay),
+            created_overlay: true,
+            times: DeviceTimes::default(),
+        };
+        SnapshotRecord { name: name.to_owned(), created_us: 1, state: SnapshotState::Intended, devices: vec![member], error: None }
+    }
+
+    fn times(switch_us: u64) -> DeviceTimes {
+        DeviceTimes { switch_us: Some(switch_us), hold_us: Some(0), freeze_us: None }
+    }
+
+    /// A disk whose writes are lost by a crash unless a sync came after them.
+    #[derive(Clone, Debug, Default)]
+    struct VolatileDisk(Arc<Mutex<Contents>>);
+
+    #[derive(Debug, Default)]
+    struct Contents {
+        now: Vec<u8>,
+        durable: Vec<u8>,
+        /// What the disk would hold after a crash at each write or sync so far: nothing or everything since the last sync survives.
+        crashes: Vec<Vec<u8>>,
+    }
+
+    impl VolatileDisk {
+        fn holding(bytes: Vec<u8>) -> Self {
+            Self(Arc::new(Mutex::new(Contents { durable: bytes.clone(), now: bytes, crashes: Vec::new() })))
+        }
+
+        fn change(&self, change: impl FnOnce(&mut Vec<u8>)) {
+            let mut contents = self.0.lock().expect("no panics");
+            change(&mut contents.now);
+            let (durable, now) = (contents.durable.clone(), contents.now.clone());
+            contents.crashes.extend([durable, now]);
+        }
+    }
+
+    impl StorageBackend for VolatileDisk {
+        fn len(&self) -> Result<u64, std::io::Error> {
+            Ok(self.0.lock().expect("no panics").now.len() as u64)
+        }
+        fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), std::io::Error> {
+            let start = usize::try_from(offset).expect("small");
+            out.copy_from_slice(&self.0.lock().expect("no panics").now[start..start + out.len()]);
+            Ok(())
+        }
+        fn set_len(&self, len: u64) -> Result<(), std::io::Error> {
+            self.change(|bytes| bytes.resize(usize::try_from(len).expect("small"), 0));
+            Ok(())
+        }
+        fn sync_data(&self) -> Result<(), std::io::Error> {
+            let mut contents = self.0.lock().expect("no panics");
+            contents.durable = contents.now.clone();
+            Ok(())
+        }
+        fn write(&self, offset: u64, data: &[u8]) -> Result<(), std::io::Error> {
+            let start = usize::try_from(offset).expect("small");
+            self.change(|bytes| bytes[start..start + data.len()].copy_from_slice(data));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_stack_grows_by_its_snapshots_and_survives_reopening() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("catalogue.redb");
+        let mut store = Store::open(&path).expect("new");
+        let mut device = DeviceRecord { name: "vda".into(), layers: vec![layer("/base"), layer("/top")] };
+        store.put_device(&device).expect("writable");
+        store.put_device(&DeviceRecord { name: "vdab".into(), layers: vec![layer("/other")] }).expect("writable");
+        store.intend(&intent("s1", "vda", "/top", "/s1")).expect("a new name");
+        assert!(matches!(store.intend(&intent("s1", "vda", "/top", "/s1")), Err(CatalogueError::SnapshotExists(_))));
+        store.adopt_overlays("s1", &[("vda".into(), times(5))], SnapshotState::Switched, None).expect("intended");
+        drop(store);
+
+        let mut store = Store::open(&path).expect("there");
+        device.layers.push(layer("/s1"));
+        assert_eq!(store.device("vda").expect("readable"), Some(device.clone()));
+        assert_eq!(store.devices().expect("readable").len(), 2);
+        let concluded = store.conclude("s1", &[("vda".into(), times(5))], SnapshotState::Frozen, None).expect("switched");
+        assert_eq!(concluded.devices[0].times.switch_us, Some(5));
+        assert_eq!(store.snapshot("s1").expect("readable"), Some(concluded));
+        let beneath: Vec<_> = layers_beneath(&store).expect("readable").into_iter().map(|(layer, _)| layer.path).collect();
+        assert_eq!(beneath, [PathBuf::from("/base"), "/top".into(), "/top".into()]);
+
+        store.forget_device("vda").expect("writable");
+        assert_eq!(store.device("vda").expect("readable"), None);
+        assert_eq!(store.snapshots().expect("readable"), []);
+        assert_eq!(store.devices().expect("readable").len(), 1);
+    }
+
+    #[test]
+    fn a_snapshot_takes_no_step_that_its_state_does_not_allow() {
+        use SnapshotState::*;
+        let all = [Intended, Switched, Frozen, Failed];
+        let allowed = [(Intended, Switched), (Intended, Failed), (Switched, Frozen), (Switched, Failed)];
+        for from in all {
+            for to in all {
+                assert_eq!(from.may_become(to), allowed.contains(&(from, to)), "{from:?} to {to:?}");
+            }
+        }
+        let mut store = Store::with_backend(redb::backends::InMemoryBackend::new()).expect("memory");
+        assert!(matches!(store.conclude("s", &[], Frozen, None), Err(CatalogueError::NoSnapshot(_))));
+        store.intend(&intent("s", "vda", "/a", "/b")).expect("a new name");
+        assert!(matches!(store.conclude("s", &[], Frozen, None), Err(CatalogueError::Transition { .. })));
+        store.drop_intent("s").expect("writable");
+        assert_eq!(store.snapshot("s").expect("readable"), None);
+    }
+
+    #[test]
+    fn a_newer_layout_is_refused() {
+        let disk = VolatileDisk::default();
+        drop(Store::with_backend(disk.clone()).expect("new"));
+        let database = Database::builder().create_with_backend(disk.clone()).expect("there");
+        let transaction = database.begin_write().expect("writable");
+        transaction.open_table(META).expect("there").insert("schema", SCHEMA + 1).expect("writable");
+        transaction.commit().expect("writable");
+        drop(database);
+        assert!(matches!(Store::with_backend(disk), Err(CatalogueError::Schema { found }) if found == SCHEMA + 1));
+    }
+
+    #[test]
+    fn after_a_crash_each_step_has_happened_or_has_not() {
+        let disk = VolatileDisk::default();
+        let mut store = Store::with_backend(disk.clone()).expect("new");
+        store.put_device(&DeviceRecord { name: "vda".into(), layers: vec![layer("/base")] }).expect("writable");
+        drop(store);
+        // From here on every state of the disk after a crash is kept.
+        let start = disk.0.lock().expect("no panics").now.clone();
+        let disk = VolatileDisk::holding(start);
+        let mut store = Store::with_backend(disk.clone()).expect("there");
+        store.intend(&intent("s", "vda", "/base", "/s")).expect("a new name");
+        store.adopt_overlays("s", &[("vda".into(), times(1))], SnapshotState::Switched, None).expect("intended");
+        store.conclude("s", &[], SnapshotState::Frozen, None).expect("switched");
+
+        let crashes = std::mem::take(&mut disk.0.lock().expect("no panics").crashes);
+        assert!(crashes.len() > 6, "the steps write");
+        let mut seen = std::collections::BTreeSet::new();
+        for bytes in crashes {
+            let store = Store::with_backend(VolatileDisk::holding(bytes)).expect("a crash leaves a catalogue");
+            let state = store.snapshot("s").expect("readable").map(|snapshot| snapshot.state);
+            let layers = store.device("vda").expect("readable").expect("recorded").layers.len();
+            let adopted = matches!(state, Some(SnapshotState::Switched | SnapshotState::Frozen));
+            assert_eq!(layers, if adopted { 2 } else { 1 }, "{state:?}");
+            seen.insert(state.map(SnapshotState::name));
+        }
+        assert!(seen.len() >= 3, "crashes between the steps are among them: {seen:?}");
+    }
+}

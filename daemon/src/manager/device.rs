@@ -1,0 +1,182 @@
+//! One device: its options, its layers, and how it is described to people.
+
+use std::cell::{Cell, RefCell};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use snapfence::protocol::{self, BlockNode, BlockNodeCache, BlockNodeImage, DeviceInfo, DeviceState, LayerInfo, LayerState, StackInfo};
+use snapfence_image_format::chain::ChainLayer;
+use snapfence_image_format::error::LayerError;
+use snapfence_image_format::layer::Layer;
+use snapfence_image_format::stack::Stack;
+use snapfence_image_format::storage::{CacheMode, Environment, FileIdentity, Storage};
+
+use super::host::{Export, Host};
+use crate::catalogue::LayerRecord;
+use crate::options::{DeviceOptions, image_format};
+use crate::snapshot::DeviceFacts;
+
+/// A device that is served.
+#[derive(Debug)]
+pub struct Device<E: Environment, H: Host<E>> {
+    /// As it was asked for, paths made absolute.
+    pub options: DeviceOptions,
+    /// The disk.
+    pub stack: Arc<Stack<E>>,
+    /// What the stack is made of, base first, never empty.
+    pub(crate) layers: RefCell<Vec<DeviceLayer<E>>>,
+    /// How front-ends reach it; gone once it is being stopped.
+    pub(crate) export: RefCell<Option<H::Export>>,
+    /// It is being removed.
+    pub(crate) leaving: Cell<bool>,
+    /// A snapshot of it is under way.
+    pub(crate) in_snapshot: Cell<bool>,
+    /// What QEMU's commands call the present top.
+    pub(crate) node_name: RefCell<String>,
+}
+
+/// One layer and what is known of it beside what the stack knows.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceLayer<E: Environment> {
+    pub(crate) record: LayerRecord,
+    pub(crate) identity: FileIdentity,
+    pub(crate) layer: Arc<Layer<E>>,
+    pub(crate) state: LayerState,
+    /// The snapshot that put it on top.
+    pub(crate) made_by: Option<String>,
+    /// The snapshot that froze it.
+    pub(crate) snapshot: Option<String>,
+}
+
+impl<E: Environment> DeviceLayer<E> {
+    pub(crate) fn new(opened: ChainLayer<E>, state: LayerState) -> Self {
+        let record = LayerRecord { path: opened.path, format: opened.format };
+        Self { record, identity: opened.identity, layer: opened.layer, state, made_by: None, snapshot: None }
+    }
+}
+
+impl<E: Environment, H: Host<E>> Device<E, H> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    /// Whether a front-end is connected.
+    pub fn is_connected(&self) -> bool {
+        self.export.borrow().as_ref().is_some_and(Export::is_connected)
+    }
+
+    /// The layer that is written to.
+    pub(crate) fn top(&self) -> DeviceLayer<E> {
+        self.layers.borrow().last().expect("a stack has at least one layer").clone()
+    }
+
+    /// The snapshot that put the present top there.
+    pub(crate) fn made_by(&self) -> Option<String> {
+        self.layers.borrow().last().and_then(|top| top.made_by.clone())
+    }
+
+    pub(crate) fn set_layer_state(&self, layer: FileIdentity, state: LayerState) {
+        if let Some(found) = self.layers.borrow_mut().iter_mut().find(|other| other.identity == layer) {
+            found.state = state;
+        }
+    }
+
+    /// Takes note of the snapshot that froze the layer at `path`.
+    pub(crate) fn set_layer_snapshot(&self, path: &Path, snapshot: &str) {
+        if let Some(found) = self.layers.borrow_mut().iter_mut().find(|other| other.record.path == path) {
+            found.snapshot = Some(snapshot.to_owned());
+        }
+    }
+
+    /// The paths of all layers, base first.
+    pub(crate) fn paths(&self) -> Vec<PathBuf> {
+        self.layers.borrow().iter().map(|layer| layer.record.path.clone()).collect()
+    }
+
+    /// What the admission of snapshots asks.
+    pub(crate) fn facts(&self, in_line: usize) -> DeviceFacts {
+        DeviceFacts { read_only: self.options.read_only, leaving: self.leaving.get(), depth: self.layers.borrow().len() + in_line }
+    }
+
+    /// As `device-list` shows it.
+    pub fn info(&self) -> DeviceInfo {
+        let top = self.top();
+        let options = &self.options;
+        let depth = self.layers.borrow().len();
+        DeviceInfo {
+            name: options.name.clone(),
+            image: top.record.path,
+            format: image_format(top.record.format),
+            socket: options.socket.clone(),
+            queues: options.queues,
+            queue_size: options.queue_size,
+            readonly: options.read_only,
+            serial: options.serial.clone(),
+            cache: match options.cache {
+                CacheMode::Direct => protocol::CacheMode::Direct,
+                CacheMode::Buffered => protocol::CacheMode::Buffered,
+            },
+            virtual_size: self.stack.virtual_size(),
+            connected: self.is_connected(),
+            depth: u32::try_from(depth).unwrap_or(u32::MAX),
+            state: self.state(&top.layer),
+        }
+    }
+
+    fn state(&self, top: &Layer<E>) -> DeviceState {
+        match top.admit_write() {
+            Err(LayerError::Failed(_)) => DeviceState::Failed,
+            _ if self.in_snapshot.get() => DeviceState::Snapshot,
+            _ => DeviceState::Ready,
+        }
+    }
+
+    /// As `stack-show` shows it, the top first.
+    pub fn stack_info(&self) -> StackInfo {
+        let describe = |layer: &DeviceLayer<E>| LayerInfo {
+            file: layer.record.path.clone(),
+            format: image_format(layer.record.format),
+            virtual_size: layer.layer.virtual_size(),
+            // A file whose size cannot be told still has its place in the tree.
+            allocated_bytes: layer.layer.file().allocated_bytes().unwrap_or(0),
+            snapshot: layer.snapshot.clone(),
+            state: layer.state,
+        };
+        StackInfo { device: self.name().to_owned(), layers: self.layers.borrow().iter().rev().map(describe).collect() }
+    }
+
+    /// As `query-named-block-nodes` shows its top.
+    pub fn block_node(&self) -> BlockNode {
+        let layers = self.layers.borrow();
+        let top = layers.last().expect("a stack has at least one layer");
+        let backing = layers.len().checked_sub(2).and_then(|at| layers.get(at)).map(|layer| &layer.record);
+        let file = top.record.path.display().to_string();
+        let image = BlockNodeImage {
+            filename: file.clone(),
+            format: top.record.format.name().to_owned(),
+            virtual_size: top.layer.virtual_size(),
+            actual_size: top.layer.file().allocated_bytes().ok(),
+            cluster_size: top.layer.cluster_bytes(),
+            backing_filename: backing.map(|record| record.path.display().to_string()),
+            full_backing_filename: backing.map(|record| record.path.display().to_string()),
+            backing_filename_format: backing.map(|record| record.format.name().to_owned()),
+        };
+        BlockNode {
+            file,
+            node_name: self.node_name.borrow().clone(),
+            ro: self.options.read_only,
+            drv: top.record.format.name().to_owned(),
+            backing_file: backing.map(|record| record.path.display().to_string()),
+            backing_file_depth: u32::try_from(layers.len() - 1).unwrap_or(u32::MAX),
+            image,
+            cache: BlockNodeCache { writeback: true, direct: self.options.cache == CacheMode::Direct, no_flush: false },
+            ..BlockNode::default()
+        }
+    }
+
+    /// The format and path of every layer, base first, as the catalogue keeps them.
+    pub(crate) fn records(&self) -> Vec<LayerRecord> {
+        self.layers.borrow().iter().map(|layer| layer.record.clone()).collect()
+    }
+}

@@ -1,0 +1,55 @@
+//! What the manager needs beside files: front-ends, and the names that paths really have.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use snapfence_image_format::stack::{FenceDomain, Stack};
+use snapfence_image_format::storage::Environment;
+
+use crate::jobs::EventSink;
+use crate::options::DeviceOptions;
+
+/// Serves stacks to front-ends. In simulation there are none, or simulated ones.
+pub trait Host<E: Environment>: fmt::Debug + 'static {
+    /// One device that front-ends can reach.
+    type Export: Export;
+
+    /// Begins to serve `stack`. Threads that take requests join `domain`; connections are told to `events`.
+    ///
+    /// # Errors
+    /// If the socket cannot be used or there are no threads.
+    fn start(
+        &self,
+        options: &DeviceOptions,
+        stack: &Arc<Stack<E>>,
+        domain: &Arc<FenceDomain>,
+        events: &EventSink,
+    ) -> Result<Self::Export, ExportError>;
+
+    /// The absolute path that an existing directory really has, without symbolic links.
+    fn real_directory(&self, directory: &Path) -> impl Future<Output = io::Result<PathBuf>>;
+}
+
+/// A device that front-ends can reach.
+pub trait Export: fmt::Debug + 'static {
+    /// Whether a front-end is connected now.
+    fn is_connected(&self) -> bool;
+
+    /// Ends the connection, drains the queues and removes the socket. When it ends nobody uses the stack any more.
+    fn stop(self) -> impl Future<Output = ()>;
+}
+
+/// Why a device cannot be reached by front-ends.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ExportError(#[source] Box<dyn std::error::Error + Send + Sync>);
+
+impl ExportError {
+    /// Whatever the connection reports.
+    pub fn new(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(cause.into())
+    }
+}

@@ -1,0 +1,360 @@
+//! Opening a device: which layers it has, by the catalogue and by the images' headers, and what may be written to.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use snapfence::protocol::{Failure, LayerState};
+use snapfence_image_format::chain::{self, ChainError, ChainLayer, ChainOptions, Format, NameError, Protection};
+use snapfence_image_format::stack::{MAX_LAYERS, Stack};
+use snapfence_image_format::storage::{Access, CacheMode, Environment, FileIdentity, Location, Storage};
+
+use super::device::{Device, DeviceLayer};
+use super::host::{ExportError, Host};
+use super::{Manager, Reserved};
+use crate::catalogue::{CatalogueError, DeviceRecord, LayerRecord, SnapshotState, layers_beneath};
+use crate::options::DeviceOptions;
+
+/// Who has given a device's paths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GivenBy {
+    /// The command line or the configuration file: they lead anywhere.
+    Operator,
+    /// The control socket.
+    Socket,
+}
+
+/// Why a device cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("device '{device}': {cause}")]
+pub struct DeviceOpenError {
+    /// Which device.
+    pub device: String,
+    /// What is wrong.
+    #[source]
+    pub cause: DeviceOpenCause,
+}
+
+/// What is wrong with a device that cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceOpenCause {
+    /// The daemon is about to end.
+    #[error("the daemon is stopping")]
+    Stopping,
+    /// It is unknown which layer is its top.
+    #[error("it is unknown which layer is its top: {0}; make that file readable and start again, or start once with --forget")]
+    Unsettled(String),
+    /// The name is taken.
+    #[error("there already is a device of this name")]
+    NameTaken,
+    /// The socket is taken.
+    #[error("socket {0} belongs to another device")]
+    SocketTaken(PathBuf),
+    /// The path leads where the control socket may not lead.
+    #[error(transparent)]
+    Place(#[from] NameError),
+    /// The directory of a path cannot be used.
+    #[error("the directory of {path} cannot be used: {source}")]
+    Directory {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The image cannot be found.
+    #[error("image {path} cannot be opened: {source}")]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A layer cannot be opened.
+    #[error("{}{source}", if *.recorded { "the recorded stack cannot be opened: " } else { "" })]
+    Chain {
+        /// Whether the catalogue said which image is on top.
+        recorded: bool,
+        /// Which layer, and why.
+        #[source]
+        source: ChainError,
+    },
+    /// The image is not one of the layers that the device had.
+    #[error(
+        "image {} is not in the recorded stack of this name, whose top is {} and which has {layers} layers; give image={} to go on with \
+         it, choose another name, or start once with --forget {device} to drop the record",
+        image.display(), top.path.display(), top.path.display()
+    )]
+    NotInStack {
+        /// The image asked for.
+        image: PathBuf,
+        /// The recorded top.
+        top: LayerRecord,
+        /// Recorded layers.
+        layers: usize,
+        /// The device.
+        device: String,
+    },
+    /// The format is another than the recorded one.
+    #[error("image {} is recorded as {recorded}, not {asked}", image.display())]
+    OtherFormat {
+        /// The image.
+        image: PathBuf,
+        /// The format asked for.
+        asked: Format,
+        /// The recorded format.
+        recorded: Format,
+    },
+    /// More layers than a stack can have.
+    #[error("{0} layers are more than the {MAX_LAYERS} that a stack can have")]
+    TooDeep(usize),
+    /// A disk without a sector.
+    #[error("image {0} has no size: there is nothing to serve")]
+    Empty(PathBuf),
+    /// The catalogue does not answer.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    /// Front-ends cannot reach it.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+}
+
+impl From<DeviceOpenError> for Failure {
+    fn from(error: DeviceOpenError) -> Self {
+        Self::generic(error)
+    }
+}
+
+/// Files that lie beneath others, by the catalogue and by the headers of open images.
+#[derive(Debug, Default)]
+struct Beneath(HashMap<FileIdentity, String>);
+
+impl Protection for Beneath {
+    fn dependant(&self, file: FileIdentity) -> Option<String> {
+        self.0.get(&file).cloned()
+    }
+}
+
+/// Gives names back when opening has ended.
+struct Reservation<'a, E: Environment, H: Host<E>> {
+    manager: &'a Manager<E, H>,
+    reserved: [Reserved; 2],
+}
+
+impl<E: Environment, H: Host<E>> Drop for Reservation<'_, E, H> {
+    fn drop(&mut self) {
+        let mut opening = self.manager.opening.borrow_mut();
+        for reserved in &self.reserved {
+            opening.remove(reserved);
+        }
+    }
+}
+
+impl<E: Environment, H: Host<E>> Manager<E, H> {
+    /// Opens a device and serves it.
+    ///
+    /// # Errors
+    /// Which file or record stands in the way. Nothing has changed then.
+    pub async fn add_device(self: &Rc<Self>, options: DeviceOptions, given_by: GivenBy) -> Result<Rc<Device<E, H>>, DeviceOpenError> {
+        let device = options.name.clone();
+        self.open_device(options, given_by).await.map_err(|cause| DeviceOpenError { device, cause })
+    }
+
+    async fn open_device(self: &Rc<Self>, mut options: DeviceOptions, given_by: GivenBy) -> Result<Rc<Device<E, H>>, DeviceOpenCause> {
+        options.image = self.directory_checked(&options.image).await?;
+        options.socket = self.directory_checked(&options.socket).await?;
+        if given_by == GivenBy::Socket {
+            self.places.admit(&options.image)?;
+            self.places.admit(&options.socket)?;
+        }
+        let _reservation = self.reserve(&options)?;
+        if let Some(reason) = self.unsettled.borrow().get(&options.name) {
+            return Err(DeviceOpenCause::Unsettled(reason.clone()));
+        }
+        let name = options.name.clone();
+        let (record, frozen) = self
+            .catalogue
+            .run(move |store| {
+                let frozen = store.snapshots()?.into_iter().filter(|snapshot| snapshot.state == SnapshotState::Frozen);
+                let frozen: Vec<_> = frozen
+                    .flat_map(|snapshot| snapshot.devices.into_iter().map(move |member| (snapshot.name.clone(), member)))
+                    .filter(|(_, member)| member.device == name)
+                    .collect();
+                Ok((store.device(&name)?, frozen))
+            })
+            .await?;
+        let layers = self.open_layers(&options, record.as_ref()).await?;
+        let read_only = options.read_only;
+        let stack = Stack::new(
+            self.environment.clone(),
+            &self.domain,
+            layers.iter().map(|layer| std::sync::Arc::clone(&layer.layer)).collect(),
+            read_only,
+        );
+        let export = self.host.start(&options, &stack, &self.domain, &self.events)?;
+        let top = layers.len() - 1;
+        let mut layers: Vec<_> = layers
+            .into_iter()
+            .enumerate()
+            .map(|(at, layer)| DeviceLayer::new(layer, if at == top && !read_only { LayerState::Active } else { LayerState::Frozen }))
+            .collect();
+        for (snapshot, member) in frozen {
+            for layer in &mut layers {
+                if layer.record == member.frozen {
+                    layer.snapshot = Some(snapshot.clone());
+                }
+                if layer.record == member.overlay {
+                    layer.made_by = Some(snapshot.clone());
+                }
+            }
+        }
+        let device = Rc::new(Device {
+            node_name: RefCell::new(options.name.clone()),
+            options,
+            stack,
+            layers: RefCell::new(layers),
+            export: RefCell::new(Some(export)),
+            leaving: Cell::new(false),
+            in_snapshot: Cell::new(false),
+        });
+        if let Err(error) = self.record_device(&device, record).await {
+            // What is reported is the first failure.
+            let _ = self.close_device(&device).await;
+            return Err(error.into());
+        }
+        self.devices.borrow_mut().insert(device.name().to_owned(), Rc::clone(&device));
+        Ok(device)
+    }
+
+    async fn directory_checked(&self, path: &Path) -> Result<PathBuf, DeviceOpenCause> {
+        self.real_path(path).await.map_err(|source| DeviceOpenCause::Directory { path: path.to_owned(), source })
+    }
+
+    /// Keeps name and socket from others while this device is being opened.
+    fn reserve(&self, options: &DeviceOptions) -> Result<Reservation<'_, E, H>, DeviceOpenCause> {
+        if self.is_stopping() {
+            return Err(DeviceOpenCause::Stopping);
+        }
+        let (name, socket) = (Reserved::Name(options.name.clone()), Reserved::Socket(options.socket.clone()));
+        let mut opening = self.opening.borrow_mut();
+        if self.device(&options.name).is_some() || opening.contains(&name) {
+            return Err(DeviceOpenCause::NameTaken);
+        }
+        if opening.contains(&socket) || self.devices().iter().any(|device| device.options.socket == options.socket) {
+            return Err(DeviceOpenCause::SocketTaken(options.socket.clone()));
+        }
+        opening.extend([name.clone(), socket.clone()]);
+        drop(opening);
+        Ok(Reservation { manager: self, reserved: [name, socket] })
+    }
+
+    /// Opens the recorded stack if there is one, else the image with what lies beneath it.
+    async fn open_layers(&self, options: &DeviceOptions, record: Option<&DeviceRecord>) -> Result<Vec<ChainLayer<E>>, DeviceOpenCause> {
+        let asked = LayerRecord { path: options.image.clone(), format: options.format };
+        let top = record.and_then(DeviceRecord::top).unwrap_or(&asked).clone();
+        if let Some(record) = record {
+            self.check_membership(options, record, &top).await?;
+        }
+        let known = record.map(|record| record.layers.as_slice()).unwrap_or_default();
+        let allowed = self.places.around(known.iter().map(|layer| layer.path.as_path()).chain([options.image.as_path()]));
+        let protected = self.beneath().await?;
+        let chain_options =
+            ChainOptions { allowed: &allowed, data_files: &[], cache: options.cache, writable: !options.read_only, protected: &protected };
+        let layers = chain::open_chain(&self.environment, &Location::Trusted(top.path.clone()), top.format, chain_options)
+            .await
+            .map_err(|source| DeviceOpenCause::Chain { recorded: record.is_some(), source })?;
+        if layers.len() > MAX_LAYERS {
+            return Err(DeviceOpenCause::TooDeep(layers.len()));
+        }
+        if layers.last().is_none_or(|layer| layer.layer.virtual_size() == 0) {
+            return Err(DeviceOpenCause::Empty(top.path));
+        }
+        if top.path != options.image {
+            tracing::info!(
+                event = "recorded_top", device = %options.name, image = %options.image.display(), top = %top.path.display(),
+                layers = layers.len(), "the catalogue says that another layer is on top of the image"
+            );
+        }
+        Ok(layers)
+    }
+
+    /// Whether the image asked for is one of the recorded layers.
+    async fn check_membership(&self, options: &DeviceOptions, record: &DeviceRecord, top: &LayerRecord) -> Result<(), DeviceOpenCause> {
+        let mut found = record.layers.iter().find(|layer| layer.path == options.image);
+        if found.is_none() {
+            // Perhaps by another name.
+            let image = self.identity(&options.image).await;
+            let image = image.map_err(|source| DeviceOpenCause::Image { path: options.image.clone(), source })?;
+            for layer in &record.layers {
+                if self.identity(&layer.path).await.is_ok_and(|identity| identity == image) {
+                    found = Some(layer);
+                    break;
+                }
+            }
+        }
+        let Some(found) = found else {
+            return Err(DeviceOpenCause::NotInStack {
+                image: options.image.clone(),
+                top: top.clone(),
+                layers: record.layers.len(),
+                device: options.name.clone(),
+            });
+        };
+        if found.format != options.format {
+            return Err(DeviceOpenCause::OtherFormat { image: options.image.clone(), asked: options.format, recorded: found.format });
+        }
+        Ok(())
+    }
+
+    async fn identity(&self, path: &Path) -> io::Result<FileIdentity> {
+        let file = self.environment.open(&Location::Trusted(path.to_owned()), Access::Read, CacheMode::Buffered).await?;
+        Ok(file.identity())
+    }
+
+    /// Everything that must not be written to, because a record or the header of an open image says that it lies beneath something.
+    async fn beneath(&self) -> Result<Beneath, DeviceOpenCause> {
+        let mut beneath = Beneath::default();
+        let mut open_paths = HashMap::new();
+        for device in self.devices() {
+            for (at, layer) in device.layers.borrow().iter().enumerate() {
+                open_paths.insert(layer.record.path.clone(), layer.identity);
+                if at + 1 < device.layers.borrow().len() {
+                    beneath.0.insert(layer.identity, format!("device '{}'", device.name()));
+                }
+            }
+        }
+        let recorded = self.catalogue.run(|store| layers_beneath(store)).await?;
+        let mut looked_at = HashMap::new();
+        for (layer, dependant) in recorded {
+            let identity = match (open_paths.get(&layer.path), looked_at.get(&layer.path)) {
+                (Some(identity), _) => Some(*identity),
+                (None, Some(identity)) => *identity,
+                // A file that is not there cannot be written to either.
+                (None, None) => self.identity(&layer.path).await.ok(),
+            };
+            looked_at.insert(layer.path, identity);
+            if let Some(identity) = identity {
+                beneath.0.entry(identity).or_insert(dependant);
+            }
+        }
+        Ok(beneath)
+    }
+
+    /// Keeps the catalogue in agreement with what the headers say.
+    async fn record_device(&self, device: &Device<E, H>, before: Option<DeviceRecord>) -> Result<(), CatalogueError> {
+        let record = DeviceRecord { name: device.name().to_owned(), layers: device.records() };
+        if before.as_ref() == Some(&record) {
+            return Ok(());
+        }
+        if let Some(before) = before {
+            tracing::warn!(
+                event = "stack_changed", device = %record.name, before = before.layers.len(), now = record.layers.len(),
+                "the images name other layers beneath the top than those recorded; the images are followed"
+            );
+        }
+        self.catalogue.run(move |store| store.put_device(&record)).await
+    }
+}

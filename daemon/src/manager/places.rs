@@ -1,0 +1,61 @@
+//! Where files may be that the control socket or an image names.
+//!
+//! - The operator's own words (command line, configuration file) lead anywhere.
+//! - Names inside images lead into the allowed directories and those of the device's own layers.
+//! - Overlays named on the control socket lie in the same.
+//! - Images and sockets of devices added on the control socket lie in the allowed directories, if any are given; otherwise anywhere, for
+//!   whoever may speak on that socket could as well start the daemon.
+
+use std::path::{Path, PathBuf};
+
+use snapfence_image_format::chain::{AllowedDirectories, NameError};
+use snapfence_image_format::storage::Location;
+
+/// What the operator has allowed.
+#[derive(Clone, Debug, Default)]
+pub struct Places {
+    allowed: AllowedDirectories,
+    strict: bool,
+}
+
+impl Places {
+    /// Exactly these directories: absolute, without symbolic links.
+    pub fn new(allowed: impl IntoIterator<Item = PathBuf>) -> Self {
+        let allowed = AllowedDirectories::new(allowed);
+        Self { strict: allowed != AllowedDirectories::default(), allowed }
+    }
+
+    /// Where names inside these images may lead.
+    pub fn around<'a>(&self, layers: impl IntoIterator<Item = &'a Path>) -> AllowedDirectories {
+        layers.into_iter().fold(self.allowed.clone(), |allowed, layer| allowed.with_directory_of(layer))
+    }
+
+    /// Where a path leads that the control socket names for a new device.
+    ///
+    /// # Errors
+    /// If it is outside.
+    pub fn admit(&self, path: &Path) -> Result<Location, NameError> {
+        if self.strict { self.allowed.locate(path) } else { Ok(Location::Trusted(path.to_owned())) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_control_socket_is_bound_by_what_is_allowed() {
+        let open = Places::default();
+        let strict = Places::new(["/images".into()]);
+        let path = Path::new("/elsewhere/a");
+        assert_eq!(open.admit(path), Ok(Location::Trusted(path.into())));
+        assert!(strict.admit(path).is_err());
+        assert!(strict.admit(Path::new("/images/a")).is_ok());
+        for places in [open, strict] {
+            let around = places.around([Path::new("/vm/top"), Path::new("/base/b")]);
+            assert!(around.locate(Path::new("/vm/overlay")).is_ok());
+            assert!(around.locate(Path::new("/base/sub/overlay")).is_ok());
+            assert!(around.locate(path).is_err());
+        }
+    }
+}

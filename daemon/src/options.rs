@@ -1,0 +1,482 @@
+//! The command line and the configuration file.
+//!
+//! Both say the same things; what the command line says of the daemon itself (`--control`, `--state-dir`) wins, lists of devices and
+//! directories are joined. Whatever is wrong is told in one line.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use serde::Deserialize;
+use snapfence::protocol::{self, DeviceAdd, DeviceOptionError, ImageFormat};
+use snapfence_image_format::chain::Format;
+use snapfence_image_format::storage::CacheMode;
+
+use crate::name;
+
+/// Virtqueues of a device unless it says otherwise.
+pub const DEFAULT_QUEUES: u16 = 1;
+/// Most virtqueues of one device.
+pub const MAX_QUEUES: u16 = 64;
+/// Entries of a virtqueue unless the device says otherwise.
+pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+/// Most entries of a virtqueue: what front-ends take.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Bytes of the serial that a guest can read (VIRTIO 1.3, 5.2.6, VIRTIO_BLK_T_GET_ID).
+pub const MAX_SERIAL_BYTES: usize = 20;
+
+/// Everything that the daemon is told at start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The control socket.
+    pub control: PathBuf,
+    /// Where the catalogue lives.
+    pub state_dir: PathBuf,
+    /// Devices to serve from the start.
+    pub devices: Vec<DeviceOptions>,
+    /// Directories in which files named by images or by the control socket may lie.
+    pub allowed_directories: Vec<PathBuf>,
+    /// Devices whose records are dropped before anything else happens.
+    pub forget: Vec<String>,
+}
+
+/// One device as it is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceOptions {
+    /// What it is called everywhere.
+    pub name: String,
+    /// The image: any layer of the recorded stack, or the top of a new one.
+    pub image: PathBuf,
+    /// Its format; never guessed.
+    pub format: Format,
+    /// Where the front-end connects.
+    pub socket: PathBuf,
+    /// Number of virtqueues.
+    pub queues: u16,
+    /// Entries of each, a power of two.
+    pub queue_size: u16,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial.
+    pub serial: String,
+    /// Whether transfers pass the page cache.
+    pub cache: CacheMode,
+}
+
+/// Why the daemon was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum OptionsError {
+    /// Not an error: text to print, and exit status 0.
+    #[error("{0}")]
+    Help(String),
+    /// The command line makes no sense to the parser.
+    #[error("{0}; see `snapfenced --help`")]
+    Usage(String),
+    /// A device specification is wrong.
+    #[error("device {device}: {source}")]
+    Device {
+        /// Its name, or the whole specification if it has none.
+        device: String,
+        /// What is wrong with it.
+        #[source]
+        source: DeviceProblem,
+    },
+    /// Two devices cannot share something.
+    #[error("two devices have the {what} `{value}`")]
+    Duplicate {
+        /// "name" or "socket".
+        what: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// Something without which there is no daemon.
+    #[error("{0} is missing; see `snapfenced --help`")]
+    Missing(&'static str),
+    /// The configuration file cannot be read.
+    #[error("cannot read the configuration file {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The configuration file makes no sense.
+    #[error("configuration file {path}: {detail}")]
+    Config {
+        /// Which file.
+        path: PathBuf,
+        /// Line and cause.
+        detail: String,
+    },
+}
+
+/// What is wrong with one device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceProblem {
+    /// Its specification cannot be read.
+    #[error(transparent)]
+    Form(#[from] DeviceOptionError),
+    /// Its table in the configuration file cannot be read.
+    #[error("{0}")]
+    Table(String),
+    /// A value that is not possible.
+    #[error("'{key}={value}': expected {expected}")]
+    Value {
+        /// Which key.
+        key: &'static str,
+        /// What was given.
+        value: String,
+        /// What is possible.
+        expected: &'static str,
+    },
+}
+
+/// Serves disks of virtual machines from stacks of copy-on-write images, over vhost-user-blk.
+#[derive(Debug, Parser)]
+#[command(name = "snapfenced", version)]
+struct Arguments {
+    /// Path of the control socket (QMP's wire rules)
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+
+    /// Directory of the catalogue, made if need be; one daemon at a time
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+
+    // Help texts with brackets are no documentation comments: those would take them for links.
+    #[arg(
+        long,
+        value_name = "FILE",
+        help = "Configuration file (TOML): control, state-dir, allow-dir = [...], and a [[device]] table per device with the keys of --device"
+    )]
+    config: Option<PathBuf>,
+
+    #[arg(
+        long,
+        value_name = "KEY=VALUE,...",
+        help = "A disk to serve (repeatable): name=vda,image=PATH,format=raw|qcow2,socket=PATH[,queues=N][,queue-size=N][,readonly=on|off]\
+                [,serial=TEXT][,cache=direct|buffered]. A comma inside a value is written twice"
+    )]
+    device: Vec<String>,
+
+    /// Directory (repeatable) in which backing files may lie, beside the directory of the image itself
+    #[arg(long, value_name = "DIR")]
+    allow_dir: Vec<PathBuf>,
+
+    /// Drop what the catalogue has recorded of device NAME and its snapshots before starting (repeatable)
+    #[arg(long, value_name = "NAME")]
+    forget: Vec<String>,
+}
+
+/// The configuration file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Config {
+    control: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    #[serde(default)]
+    allow_dir: Vec<PathBuf>,
+    #[serde(default)]
+    device: Vec<toml::Table>,
+}
+
+impl Options {
+    /// Reads the command line (with the program's name) and the configuration file that it names.
+    ///
+    /// # Errors
+    /// If anything is unknown, missing or contradictory. [`OptionsError::Help`] is for standard output.
+    pub fn from_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, OptionsError> {
+        let arguments = Arguments::try_parse_from(arguments).map_err(|error| usage_error(&error))?;
+        let config = arguments.config.as_deref().map(read_config).transpose()?.unwrap_or_default();
+        let mut devices = Vec::new();
+        for specification in &arguments.device {
+            devices.push(DeviceOptions::parse(specification)?);
+        }
+        for table in config.device {
+            devices.push(device_of_table(table)?);
+        }
+        let mut allowed_directories = arguments.allow_dir;
+        allowed_directories.extend(config.allow_dir);
+        let options = Self {
+            control: arguments.control.or(config.control).ok_or(OptionsError::Missing("--control PATH"))?,
+            state_dir: arguments.state_dir.or(config.state_dir).ok_or(OptionsError::Missing("--state-dir DIR"))?,
+            devices,
+            allowed_directories,
+            forget: arguments.forget,
+        };
+        options.check_duplicates()?;
+        Ok(options)
+    }
+
+    fn check_duplicates(&self) -> Result<(), OptionsError> {
+        let mut names = BTreeSet::new();
+        let mut sockets = BTreeSet::from([self.control.as_path()]);
+        for device in &self.devices {
+            if !names.insert(device.name.as_str()) {
+                return Err(OptionsError::Duplicate { what: "name", value: device.name.clone() });
+            }
+            if !sockets.insert(device.socket.as_path()) {
+                return Err(OptionsError::Duplicate { what: "socket", value: device.socket.display().to_string() });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DeviceOptions {
+    /// Reads `name=..,image=..,format=..,socket=..` and the optional keys. A comma inside a value is written twice.
+    ///
+    /// # Errors
+    /// If a key is unknown, missing or given twice, or a value is not possible.
+    pub fn parse(specification: &str) -> Result<Self, OptionsError> {
+        let read = || Self::try_from(specification.parse::<DeviceAdd>()?);
+        read().map_err(|source| {
+            let named = specification.split(',').find_map(|pair| pair.strip_prefix("name="));
+            OptionsError::Device { device: named.unwrap_or(specification).to_owned(), source }
+        })
+    }
+}
+
+impl TryFrom<DeviceAdd> for DeviceOptions {
+    type Error = DeviceProblem;
+
+    fn try_from(asked: DeviceAdd) -> Result<Self, DeviceProblem> {
+        let refused = |key, value: &dyn ToString, expected| Err(DeviceProblem::Value { key, value: value.to_string(), expected });
+        if name::check(&asked.name).is_err() {
+            return refused("name", &asked.name, name::RULE);
+        }
+        for (key, path) in [("image", &asked.image), ("socket", &asked.socket)] {
+            if path.as_os_str().is_empty() || path.as_os_str().as_encoded_bytes().contains(&0) {
+                return refused(key, &path.display(), "a path");
+            }
+        }
+        let queues = asked.queues.unwrap_or(DEFAULT_QUEUES);
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return refused("queues", &queues, "a number from 1 to 64");
+        }
+        let queue_size = asked.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE);
+        if !queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&queue_size) {
+            return refused("queue-size", &queue_size, "a power of two from 2 to 1024");
+        }
+        let serial = asked.serial.unwrap_or_else(|| asked.name.chars().take(MAX_SERIAL_BYTES).collect());
+        if serial.len() > MAX_SERIAL_BYTES || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            let start: String = serial.chars().take(2 * MAX_SERIAL_BYTES).collect();
+            return refused("serial", &start, "at most 20 printable ASCII characters");
+        }
+        Ok(Self {
+            name: asked.name,
+            image: asked.image,
+            format: format_of(asked.format),
+            socket: asked.socket,
+            queues,
+            queue_size,
+            read_only: asked.readonly,
+            serial,
+            cache: match asked.cache {
+                protocol::CacheMode::Direct => CacheMode::Direct,
+                protocol::CacheMode::Buffered => CacheMode::Buffered,
+            },
+        })
+    }
+}
+
+/// The library's word for a format of the protocol.
+pub fn format_of(format: ImageFormat) -> Format {
+    match format {
+        ImageFormat::Raw => Format::Raw,
+        ImageFormat::Qcow2 => Format::Qcow2,
+    }
+}
+
+/// The protocol's word for a format of the library.
+pub fn image_format(format: Format) -> ImageFormat {
+    match format {
+        Format::Raw => ImageFormat::Raw,
+        Format::Qcow2 => ImageFormat::Qcow2,
+    }
+}
+
+fn read_config(path: &Path) -> Result<Config, OptionsError> {
+    let text = std::fs::read_to_string(path).map_err(|source| OptionsError::Read { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+        let detail = match line {
+            Some(line) => format!("line {line}: {}", one_line(error.message())),
+            None => one_line(error.message()),
+        };
+        OptionsError::Config { path: path.to_owned(), detail }
+    })
+}
+
+fn device_of_table(table: toml::Table) -> Result<DeviceOptions, OptionsError> {
+    let device = table.get("name").and_then(toml::Value::as_str).unwrap_or("without a name").to_owned();
+    let read = || {
+        let asked = DeviceAdd::deserialize(table).map_err(|error| DeviceProblem::Table(one_line(error.message())))?;
+        DeviceOptions::try_from(asked)
+    };
+    read().map_err(|source| OptionsError::Device { device, source })
+}
+
+/// What the parser says, without its colours, advice and line breaks.
+fn usage_error(error: &clap::Error) -> OptionsError {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        return OptionsError::Help(error.to_string());
+    }
+    let text = error.to_string();
+    let first = text.split("\n\n").next().unwrap_or_default();
+    OptionsError::Usage(one_line(first.strip_prefix("error: ").unwrap_or(first)))
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Options, OptionsError> {
+        Options::from_arguments(std::iter::once("snapfenced").chain(arguments.iter().copied()).map(OsString::from))
+    }
+
+    const BASE: [&str; 4] = ["--control", "/run/c", "--state-dir", "/var/s"];
+
+    fn with_base(arguments: &[&str]) -> Result<Options, OptionsError> {
+        parse(&[&BASE, arguments].concat())
+    }
+
+    #[test]
+    fn a_device_has_all_keys_or_their_defaults() {
+        let options = with_base(&[
+            "--device",
+            "name=vda,image=/i,,1.qcow2,format=qcow2,socket=/s,queues=4,queue-size=128,readonly=on,serial=A b,cache=buffered",
+            "--device",
+            "name=vdb,image=b,format=raw,socket=t",
+            "--allow-dir",
+            "/images",
+        ])
+        .expect("valid");
+        assert_eq!(options.control, Path::new("/run/c"));
+        assert_eq!(options.state_dir, Path::new("/var/s"));
+        assert_eq!(options.allowed_directories, [PathBuf::from("/images")]);
+        let first = DeviceOptions {
+            name: "vda".into(),
+            image: "/i,1.qcow2".into(),
+            format: Format::Qcow2,
+            socket: "/s".into(),
+            queues: 4,
+            queue_size: 128,
+            read_only: true,
+            serial: "A b".into(),
+            cache: CacheMode::Buffered,
+        };
+        let second = DeviceOptions {
+            name: "vdb".into(),
+            image: "b".into(),
+            format: Format::Raw,
+            socket: "t".into(),
+            queues: DEFAULT_QUEUES,
+            queue_size: DEFAULT_QUEUE_SIZE,
+            read_only: false,
+            serial: "vdb".into(),
+            cache: CacheMode::Direct,
+        };
+        assert_eq!(options.devices, [first, second]);
+    }
+
+    #[test]
+    fn whatever_is_wrong_is_told_in_one_line() {
+        let good = "name=a,image=i,format=raw,socket=s";
+        let table: &[(&[&str], &str)] = &[
+            (&["--device", "name=a,image=i,socket=s"], "device a: 'format=' is missing"),
+            (&["--device", "name=a,image=i,format=raw"], "device a: 'socket=' is missing"),
+            (&["--device", "name=a,format=raw,socket=s"], "device a: 'image=' is missing"),
+            (&["--device", "image=i,format=raw,socket=s"], "device image=i,format=raw,socket=s: 'name=' is missing"),
+            (&["--device", "name=a,image=i,format=vmdk,socket=s"], "device a: 'format=vmdk': expected raw or qcow2"),
+            (
+                &["--device", "name=a,nmae=b"],
+                "device a: there is no option 'nmae'; there are name, image, format, socket, queues, queue-size, readonly, serial and cache",
+            ),
+            (&["--device", "name=a,name=b"], "device a: 'name' is given twice"),
+            (&["--device", "name=a,readonly"], "device a: 'readonly' is not of the form KEY=VALUE"),
+            (&["--device", "name=a,image=i,format=raw,socket=s,queues=0"], "device a: 'queues=0': expected a number from 1 to 64"),
+            (&["--device", "name=a,image=i,format=raw,socket=s,queues=65"], "device a: 'queues=65': expected a number from 1 to 64"),
+            (
+                &["--device", "name=a,image=i,format=raw,socket=s,queue-size=100"],
+                "device a: 'queue-size=100': expected a power of two from 2 to 1024",
+            ),
+            (&["--device", "name=a,image=i,format=raw,socket=s,readonly=yes"], "device a: 'readonly=yes': expected on or off"),
+            (
+                &["--device", "name=a,image=i,format=raw,socket=s,serial=123456789012345678901"],
+                "device a: 'serial=123456789012345678901': expected at most 20 printable ASCII characters",
+            ),
+            (&["--device", "name=a,image=i,format=raw,socket=s,cache=none"], "device a: 'cache=none': expected direct or buffered"),
+            (&["--device", good, "--device", "name=a,image=j,format=raw,socket=t"], "two devices have the name `a`"),
+            (&["--device", good, "--device", "name=b,image=j,format=raw,socket=s"], "two devices have the socket `s`"),
+            (&["--devise", good], "unexpected argument '--devise' found; see `snapfenced --help`"),
+            (
+                &["--config", "/nowhere/c.toml"],
+                "cannot read the configuration file /nowhere/c.toml: No such file or directory (os error 2)",
+            ),
+        ];
+        for (arguments, expected) in table {
+            let error = with_base(arguments).expect_err(expected);
+            assert_eq!(error.to_string(), *expected);
+        }
+        assert_eq!(
+            parse(&["--control", "/c"]).expect_err("no state directory").to_string(),
+            "--state-dir DIR is missing; see `snapfenced --help`"
+        );
+        assert_eq!(parse(&[]).expect_err("no control").to_string(), "--control PATH is missing; see `snapfenced --help`");
+        assert!(with_base(&["--device", "name=../x,image=i,format=raw,socket=s"]).is_err());
+        assert!(with_base(&["--device", "name=a,image=i\0,format=raw,socket=s"]).is_err());
+    }
+
+    #[test]
+    fn help_is_not_an_error_of_use() {
+        assert!(matches!(parse(&["--help"]), Err(OptionsError::Help(text)) if text.contains("--device")));
+        assert!(matches!(parse(&["--version"]), Err(OptionsError::Help(_))));
+    }
+
+    fn config(text: &str) -> Result<Options, OptionsError> {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let file = directory.path().join("c.toml");
+        std::fs::write(&file, text).expect("writable");
+        parse(&["--config", file.to_str().expect("UTF-8")])
+    }
+
+    #[test]
+    fn the_file_says_what_the_command_line_says() {
+        let text = r#"
+            control = "/run/c"
+            state-dir = "/var/s"
+            allow-dir = ["/images"]
+            [[device]]
+            name = "vda"
+            image = "/i.raw"
+            format = "raw"
+            socket = "/s"
+            queues = 2
+            readonly = true
+        "#;
+        let options = config(text).expect("valid");
+        assert_eq!(
+            options.devices,
+            [DeviceOptions::parse("name=vda,image=/i.raw,format=raw,socket=/s,queues=2,readonly=on").expect("valid")]
+        );
+        assert_eq!(options.allowed_directories, [PathBuf::from("/images")]);
+    }
+
+    #[test]
+    fn mistakes_in_the_file_name_the_file_and_the_line() {
+        let unknown = config("control = \"/c\"\nstate_dir = \"/s\"\n").expect_err("unknown key").to_string();
+        assert!(unknown.contains("c.toml: line 2: unknown field `state_dir`"), "{unknown}");
+        let broken = config("control = \n").expect_err("no value").to_string();
+        assert!(broken.contains("c.toml: line 1: ") && !broken.contains('\n'), "{broken}");
+        let device = config("control='c'\nstate-dir='s'\n[[device]]\nimage='i'\nname='a'\nqueus=3\n").expect_err("unknown key").to_string();
+        assert!(device.starts_with("device a: unknown field `queus`"), "{device}");
+    }
+}

@@ -1,0 +1,329 @@
+//! Getting an overlay ready to take over: everything that needs time happens here, before the fence.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use snapfence_image_format::chain::{self, AllowedDirectories, ChainCause, Format, NameError};
+use snapfence_image_format::error::LayerError;
+use snapfence_image_format::extent::{ExtentList, Mapping};
+use snapfence_image_format::layer::Layer;
+use snapfence_image_format::qcow2::{CreateError, CreateOptions, Header, HeaderError, OpenError, OpenOptions, Qcow2};
+use snapfence_image_format::storage::{Access, CacheMode, Environment, FileIdentity, Location, Storage};
+use snapfence_image_format::units::{GuestOffset, GuestRange};
+
+use super::Overlay;
+use crate::catalogue::LayerRecord;
+
+/// Bytes of the disk that are looked at in one go when an overlay must be empty.
+const EMPTY_CHECK_STEP: u64 = 64 << 30;
+/// Longest file name on every file system that matters.
+const MAX_FILE_NAME: usize = 255;
+
+/// The layer that the overlay will cover, and what applies to the overlay.
+#[derive(Clone, Debug)]
+pub(crate) struct Below {
+    pub(crate) record: LayerRecord,
+    pub(crate) identity: FileIdentity,
+    /// Size of the disk in bytes.
+    pub(crate) virtual_size: u64,
+    /// Where the overlay, and names inside it, may be.
+    pub(crate) allowed: AllowedDirectories,
+    pub(crate) cache: CacheMode,
+}
+
+/// An overlay that only needs to be published.
+#[derive(Debug)]
+pub(crate) struct Prepared<E: Environment> {
+    pub(crate) record: LayerRecord,
+    pub(crate) identity: FileIdentity,
+    pub(crate) layer: Arc<Layer<E>>,
+    /// Whether we have made the file, and remove it if nothing comes of it.
+    pub(crate) created: bool,
+}
+
+/// Why an overlay cannot be used: which, and what is wrong with it.
+#[derive(Debug, thiserror::Error)]
+#[error("overlay {path}: {cause}")]
+pub struct OverlayError {
+    /// Which file.
+    pub path: PathBuf,
+    /// What is wrong.
+    #[source]
+    pub cause: OverlayCause,
+}
+
+/// What is wrong with an overlay.
+#[derive(Debug, thiserror::Error)]
+pub enum OverlayCause {
+    /// It may not be there.
+    #[error(transparent)]
+    Place(#[from] NameError),
+    /// Its name, made from the snapshot's, is too long.
+    #[error("the file name is longer than {MAX_FILE_NAME} bytes; give the overlay's path")]
+    NameTooLong,
+    /// It is there although it is to be made.
+    #[error("it exists already; choose another name, or use it as it is (without creating it)")]
+    Exists,
+    /// It cannot be made.
+    #[error("cannot {action}: {source}")]
+    Make {
+        /// "create the file" and so on.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The image cannot be written.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// It cannot be opened or locked.
+    #[error(transparent)]
+    Open(#[from] ChainCause),
+    /// It has no header.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// It is no image that can be written to.
+    #[error(transparent)]
+    Image(#[from] OpenError),
+    /// It is one of the device's layers, or another device's.
+    #[error("it is already a layer of device '{0}'")]
+    InUse(String),
+    /// It is another disk.
+    #[error("its virtual size is {found} bytes, and the device has {expected}")]
+    Size {
+        /// Its size.
+        found: u64,
+        /// The device's.
+        expected: u64,
+    },
+    /// It covers nothing.
+    #[error("it names no backing file, but must name the present top: `qemu-img rebase -u -F {} -b {} FILE`", top.format, top.path.display())]
+    NoBacking {
+        /// The present top.
+        top: LayerRecord,
+    },
+    /// It covers something else.
+    #[error("its backing file is {}, and must be the present top {} ({})", found.display(), top.path.display(), top.format)]
+    OtherBacking {
+        /// What it names.
+        found: PathBuf,
+        /// The present top.
+        top: LayerRecord,
+    },
+    /// It says that the top has another format.
+    #[error("it says that {} is {found}, but it is {}", top.path.display(), top.format)]
+    OtherBackingFormat {
+        /// What it says.
+        found: Format,
+        /// The present top.
+        top: LayerRecord,
+    },
+    /// The guest's disk would change at once.
+    #[error("it is not empty: it has data at {0}")]
+    NotEmpty(GuestOffset),
+    /// It cannot be read or written.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+}
+
+/// The path that an overlay gets if none is given: beside the top, with the name of the snapshot in place of the one that made the top.
+pub(crate) fn path_beside(top: &Path, top_snapshot: Option<&str>, snapshot: &str) -> PathBuf {
+    let stem = top.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    // Otherwise the names would grow with each snapshot, up to where no file system takes them.
+    let made_by = top_snapshot.map(|name| format!(".{name}"));
+    let stem = made_by.and_then(|suffix| stem.strip_suffix(&suffix).map(str::to_owned)).unwrap_or(stem);
+    top.with_file_name(format!("{stem}.{snapshot}.qcow2"))
+}
+
+/// Makes or opens the overlay, checks that it may cover the present top, and gets it ready for quick writes. Everything is durable then.
+///
+/// # Errors
+/// What is wrong with it. A file that was made is removed again.
+pub(crate) async fn prepare<E: Environment>(
+    environment: &E,
+    below: &Below,
+    path: &Path,
+    wanted: &Overlay,
+    in_use: &dyn Fn(FileIdentity) -> Option<String>,
+) -> Result<Prepared<E>, OverlayError> {
+    let failed = |cause| OverlayError { path: path.to_owned(), cause };
+    let location = below.allowed.locate(path).map_err(|error| failed(error.into()))?;
+    let path = &location.path();
+    let created = !matches!(wanted, Overlay::Existing(_));
+    if created {
+        create(environment, below, path, &location).await.map_err(failed)?;
+    }
+    match adopt(environment, below, path, &location, in_use).await {
+        Ok((identity, image)) => {
+            let record = LayerRecord { path: path.to_owned(), format: Format::Qcow2 };
+            Ok(Prepared { record, identity, layer: Arc::new(image), created })
+        }
+        Err(cause) => {
+            if created {
+                remove(environment, path).await;
+            }
+            Err(failed(cause))
+        }
+    }
+}
+
+/// Takes back what was prepared.
+pub(crate) async fn discard<E: Environment>(environment: &E, prepared: Prepared<E>) {
+    let Prepared { record, layer, created, .. } = prepared;
+    if created {
+        drop(layer);
+        remove(environment, &record.path).await;
+    } else if let Err(error) = layer.freeze().await {
+        // The file is not ours: only what was reserved in it is given back.
+        tracing::warn!(event = "overlay_not_restored", overlay = %record.path.display(), cause = %error, "reserved clusters leak");
+    }
+}
+
+async fn remove<E: Environment>(environment: &E, path: &Path) {
+    if let Err(error) = environment.remove(path).await {
+        tracing::warn!(event = "overlay_left_behind", overlay = %path.display(), cause = %error, "an unused overlay cannot be removed");
+    }
+}
+
+/// Writes a new image under a temporary name, makes it durable, and gives it its name.
+async fn create<E: Environment>(environment: &E, below: &Below, path: &Path, location: &Location) -> Result<(), OverlayCause> {
+    let make = |action| move |source| OverlayCause::Make { action, source };
+    let name = path.file_name().unwrap_or_default();
+    let temporary_name = format!(".{}.{:08x}", name.to_string_lossy(), environment.random() & 0xffff_ffff);
+    if name.len() > MAX_FILE_NAME || temporary_name.len() > MAX_FILE_NAME {
+        return Err(OverlayCause::NameTooLong);
+    }
+    match environment.open(location, Access::Read, below.cache).await {
+        Ok(_) => return Err(OverlayCause::Exists),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(source) => return Err(OverlayCause::Make { action: "look for the file", source }),
+    }
+    let temporary = path.with_file_name(temporary_name);
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let temporary_location = below.allowed.locate(&temporary)?;
+    let file = environment.open(&temporary_location, Access::CreateNew, below.cache).await.map_err(make("create the file"))?;
+    let written = async {
+        let options = CreateOptions::overlay(below.virtual_size, backing_name(&below.record.path, path), below.record.format.name());
+        Qcow2::<E>::create(&file, &options).await?;
+        file.flush().await.map_err(make("flush the file"))?;
+        environment.rename(&temporary, path).await.map_err(make("give the file its name"))?;
+        Ok(())
+    };
+    if let Err(cause) = written.await {
+        remove(environment, &temporary).await;
+        return Err(cause);
+    }
+    drop(file);
+    if let Err(source) = environment.flush_directory(directory).await {
+        remove(environment, path).await;
+        return Err(OverlayCause::Make { action: "flush the directory", source });
+    }
+    Ok(())
+}
+
+/// How an overlay names the top: by the plain name where they are neighbours, so that the folder can be moved.
+fn backing_name(top: &Path, overlay: &Path) -> PathBuf {
+    match top.file_name() {
+        // A name with a colon would be taken for a protocol.
+        Some(name) if top.parent() == overlay.parent() && !name.as_encoded_bytes().contains(&b':') => name.into(),
+        _ => top.to_owned(),
+    }
+}
+
+async fn adopt<E: Environment>(
+    environment: &E,
+    below: &Below,
+    path: &Path,
+    location: &Location,
+    in_use: &dyn Fn(FileIdentity) -> Option<String>,
+) -> Result<(FileIdentity, Layer<E>), OverlayCause> {
+    let file = chain::open_file(environment, location, true, below.cache).await?;
+    let identity = file.identity();
+    if let Some(device) = in_use(identity) {
+        return Err(OverlayCause::InUse(device));
+    }
+    chain::lock_file(&file, true)?;
+    let header = Header::read(&file).await?;
+    covers(environment, below, path, &header).await?;
+    let image = Layer::Qcow2(Qcow2::open_with_header(file, header, OpenOptions::writing()).await?);
+    if let Some(at) = first_data(&image, below.virtual_size).await? {
+        return Err(OverlayCause::NotEmpty(at));
+    }
+    image.warm().await?;
+    image.flush().await?;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    environment.flush_directory(directory).await.map_err(|source| OverlayCause::Make { action: "flush the directory", source })?;
+    Ok((identity, image))
+}
+
+/// Whether an image with this header, at `path`, may cover the present top.
+///
+/// # Errors
+/// Why not.
+pub(crate) async fn covers<E: Environment>(environment: &E, below: &Below, path: &Path, header: &Header) -> Result<(), OverlayCause> {
+    if header.virtual_size() != below.virtual_size {
+        return Err(OverlayCause::Size { found: header.virtual_size(), expected: below.virtual_size });
+    }
+    let top = || below.record.clone();
+    let Some((location, format)) = chain::backing(path, header, &below.allowed)? else {
+        return Err(OverlayCause::NoBacking { top: top() });
+    };
+    let named = match environment.open(&location, Access::Read, CacheMode::Buffered).await {
+        Ok(file) => Some(file.identity()),
+        // The top is there.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(source) => return Err(ChainCause::Open { writing: false, source }.into()),
+    };
+    if named != Some(below.identity) {
+        return Err(OverlayCause::OtherBacking { found: location.path(), top: top() });
+    }
+    if format != below.record.format {
+        return Err(OverlayCause::OtherBackingFormat { found: format, top: top() });
+    }
+    Ok(())
+}
+
+/// Where the overlay has something of its own.
+async fn first_data<E: Environment>(image: &Layer<E>, size: u64) -> Result<Option<GuestOffset>, LayerError> {
+    let disk = GuestRange::new(GuestOffset::ZERO, size);
+    let mut extents = ExtentList::new();
+    for part in disk.split_at_multiples(EMPTY_CHECK_STEP) {
+        extents.clear();
+        image.map(part, &mut extents).await?;
+        let own = extents.as_slice().iter().find(|extent| extent.mapping != Mapping::Unallocated);
+        if let Some(extent) = own {
+            return Ok(Some(extent.range.start));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlays_are_named_after_the_snapshot_and_names_do_not_grow() {
+        let table = [
+            ("/i/base.raw", None, "s1", "/i/base.s1.qcow2"),
+            ("/i/base.s1.qcow2", Some("s1"), "s2", "/i/base.s2.qcow2"),
+            ("/i/base.s1.qcow2", None, "s2", "/i/base.s1.s2.qcow2"),
+            ("/i/base.s1.qcow2", Some("other"), "s2", "/i/base.s1.s2.qcow2"),
+            ("/i/base", None, "s1", "/i/base.s1.qcow2"),
+            ("/i/.hidden", None, "s1", "/i/.hidden.s1.qcow2"),
+            ("/i/v1.2.img", None, "s.1", "/i/v1.2.s.1.qcow2"),
+            ("/i/v1.2.s.1.qcow2", Some("s.1"), "t", "/i/v1.2.t.qcow2"),
+        ];
+        for (top, by, snapshot, expected) in table {
+            assert_eq!(path_beside(Path::new(top), by, snapshot), Path::new(expected), "{top}");
+        }
+    }
+
+    #[test]
+    fn neighbours_are_named_without_their_directory() {
+        let table = [("/i/top", "/i/overlay", "top"), ("/i/top", "/j/overlay", "/i/top"), ("/i/nbd:top", "/i/overlay", "/i/nbd:top")];
+        for (top, overlay, expected) in table {
+            assert_eq!(backing_name(Path::new(top), Path::new(overlay)), Path::new(expected));
+        }
+    }
+}

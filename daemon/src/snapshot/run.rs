@@ -1,0 +1,409 @@
+//! Taking a group snapshot, from its admission to the commit record.
+//!
+//! ```text
+//!  admitted ─▶ in line ─▶ prepare ─▶ intent ─▶ switch ─▶ released ─▶ freeze ─▶ commit
+//!                │           │         │                    │           │
+//!                └───────────┴─────────┴─▶ undone           └─ expired ─┴─▶ failed, the overlays stay
+//! ```
+//!
+//! Up to the intent everything can be undone and nothing is remembered. From the switch on the overlays are where the guests write, whatever else
+//! happens; only the snapshot can still fail.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{Either, join_all, select};
+use snapfence::protocol::{Event, Failure, JobInfo, LayerState, Moment, SnapshotInfo, SnapshotState};
+use snapfence_image_format::stack::{FenceOutcome, View};
+use snapfence_image_format::storage::{Environment, Sharing, Storage};
+
+use super::overlay::{self, Below, OverlayError, Prepared};
+use super::progress::{Progress, info_of};
+use super::{Asked, Overlay, Place, Refusal, admit};
+use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
+use crate::jobs::JobError;
+use crate::manager::{Device, DeviceLayer, Host, Manager};
+
+/// Steps of a snapshot's job: prepared, intended, switched, frozen.
+const STEPS: u64 = 4;
+
+/// Why a snapshot was not begun.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// It makes no sense.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Its job cannot be made.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// The catalogue does not answer.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Refused(Refusal::UnknownDevice(name)) => Self::no_device(&name),
+            other => Self::generic(other),
+        }
+    }
+}
+
+/// Why a snapshot came to nothing, or does not count.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("it was cancelled")]
+    Cancelled,
+    #[error("device '{0}' has been removed meanwhile")]
+    DeviceGone(String),
+    #[error("device '{device}': {source}")]
+    Overlay {
+        device: String,
+        #[source]
+        source: OverlayError,
+    },
+    #[error("device '{device}': the directory of {path} cannot be used: {source}")]
+    Directory {
+        device: String,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    #[error(
+        "not every queue switched within {0} ms; the overlays are in use, but the layers beneath are not one point in time (deadline-ms sets the limit)"
+    )]
+    Deadline(u64),
+    #[error("device '{device}': the layer beneath is not durable: {source}")]
+    Freeze {
+        device: String,
+        #[source]
+        source: snapfence_image_format::error::LayerError,
+    },
+}
+
+/// One device while it is being cut.
+struct Cut<E: Environment, H: Host<E>> {
+    device: Rc<Device<E, H>>,
+    /// The layer that is being covered.
+    old: DeviceLayer<E>,
+    overlay: Prepared<E>,
+}
+
+/// One device after the switch.
+struct Switched<E: Environment, H: Host<E>> {
+    device: Rc<Device<E, H>>,
+    old: DeviceLayer<E>,
+    view: Arc<View<E>>,
+}
+
+impl<E: Environment, H: Host<E>> Manager<E, H> {
+    /// Admits a snapshot and begins it. The answer tells how far it is.
+    ///
+    /// # Errors
+    /// If it is refused; nothing has changed then.
+    pub async fn start_snapshot(self: &Rc<Self>, asked: Asked, job_id: Option<String>) -> Result<Rc<Progress>, StartError> {
+        let name = asked.name.clone();
+        let recorded = self.catalogue.run(move |store| store.snapshot(&name)).await?.is_some();
+        // From here to the place in line nothing waits, so nobody comes in between.
+        let taken = recorded || self.snapshots.borrow().contains_key(&asked.name);
+        let deadline_ms = admit(&asked, self.is_stopping(), taken, |device| {
+            let in_line = self.lines.length(device);
+            self.device(device).map(|device| device.facts(in_line))
+        })?;
+        let job = self.jobs.create(JobInfo::SNAPSHOT, job_id, STEPS)?;
+        let created = Moment::from_unix_microseconds(microseconds(self.environment.wall_clock()));
+        let progress = Rc::new(Progress::new(asked.name.clone(), created, job));
+        self.snapshots.borrow_mut().insert(asked.name.clone(), Rc::clone(&progress));
+        let place = self.lines.enter(asked.members.iter().map(|member| member.device.as_str()));
+        let (manager, shown) = (Rc::clone(self), Rc::clone(&progress));
+        self.environment.spawn(async move { manager.run_snapshot(asked, deadline_ms, shown, place).await });
+        Ok(progress)
+    }
+
+    async fn run_snapshot(self: Rc<Self>, asked: Asked, deadline_ms: u64, progress: Rc<Progress>, place: Place) {
+        let name = asked.name.clone();
+        let outcome = self.take_snapshot(asked, deadline_ms, &progress, &place).await;
+        self.snapshots.borrow_mut().remove(&name);
+        let outcome = outcome.map_err(|error| error.to_string());
+        if let Err(error) = &outcome {
+            tracing::warn!(event = "snapshot_failed", snapshot = %name, cause = %error, "the snapshot does not count");
+            if progress.info().state != SnapshotState::Failed {
+                let info = progress.update(|info| {
+                    info.state = SnapshotState::Failed;
+                    info.error = Some(error.clone());
+                });
+                (self.events)(Event::SnapshotFailed(info));
+            }
+        }
+        self.jobs.conclude(&progress.job, outcome);
+        drop(place);
+    }
+
+    async fn take_snapshot(self: &Rc<Self>, asked: Asked, deadline_ms: u64, progress: &Progress, place: &Place) -> Result<(), RunError> {
+        let job = &progress.job;
+        let cancelled = {
+            let (turn, cancelled) = (std::pin::pin!(place.wait_first()), std::pin::pin!(job.wait_cancelled()));
+            matches!(select(turn, cancelled).await, Either::Right(_))
+        };
+        if cancelled {
+            return Err(RunError::Cancelled);
+        }
+        job.run();
+        let cuts = self.prepare(&asked).await?;
+        job.step();
+        if !job.seal() {
+            self.undo(cuts).await;
+            return Err(RunError::Cancelled);
+        }
+        let record = intent(&asked.name, progress.info().created, &cuts);
+        let intended = record.clone();
+        if let Err(error) = self.catalogue.run(move |store| store.intend(&intended)).await {
+            self.undo(cuts).await;
+            return Err(error.into());
+        }
+        job.step();
+        let devices: Vec<_> = cuts.iter().map(|cut| Rc::clone(&cut.device)).collect();
+        for device in &devices {
+            device.in_snapshot.set(true);
+        }
+        let result = self.switch_and_freeze(&asked.name, deadline_ms, progress, record, cuts).await;
+        for device in &devices {
+            device.in_snapshot.set(false);
+        }
+        result
+    }
+
+    /// Gets the overlays of all members ready, at the same time. All or none.
+    async fn prepare(self: &Rc<Self>, asked: &Asked) -> Result<Vec<Cut<E, H>>, RunError> {
+        let mut paths: Vec<PathBuf> = Vec::new();
+        let mut plans = Vec::new();
+        for member in &asked.members {
+            let gone = || RunError::DeviceGone(member.device.clone());
+            let device = self.device(&member.device).filter(|device| !device.leaving.get()).ok_or_else(gone)?;
+            let old = device.top();
+            let path = match member.overlay.path() {
+                Some(path) => self.real_path(path).await.map_err(|source| RunError::Directory {
+                    device: member.device.clone(),
+                    path: path.to_owned(),
+                    source,
+                })?,
+                None => {
+                    let path = overlay::path_beside(&old.record.path, device.made_by().as_deref(), &asked.name);
+                    // Two disks of one directory may differ in their extension only.
+                    if paths.contains(&path) { path.with_file_name(format!("{}.{}.qcow2", member.device, asked.name)) } else { path }
+                }
+            };
+            paths.push(path.clone());
+            plans.push((device, old, path, member.overlay.clone()));
+        }
+        let prepared = join_all(plans.into_iter().map(|(device, old, path, wanted)| self.prepare_one(device, old, path, wanted))).await;
+        let mut cuts = Vec::new();
+        let mut first_error = None;
+        for result in prepared {
+            match result {
+                Ok(cut) => cuts.push(cut),
+                Err(error) => first_error = first_error.or(Some(error)),
+            }
+        }
+        match first_error {
+            None => Ok(cuts),
+            Some(error) => {
+                self.undo(cuts).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare_one(
+        self: &Rc<Self>,
+        device: Rc<Device<E, H>>,
+        old: DeviceLayer<E>,
+        path: PathBuf,
+        wanted: Overlay,
+    ) -> Result<Cut<E, H>, RunError> {
+        let layers = device.paths();
+        let below = Below {
+            record: old.record.clone(),
+            identity: old.identity,
+            virtual_size: device.stack.virtual_size(),
+            allowed: self.places.around(layers.iter().map(PathBuf::as_path)),
+            cache: device.options.cache,
+        };
+        let in_use = |identity| self.device_with_layer(identity);
+        match overlay::prepare(&self.environment, &below, &path, &wanted, &in_use).await {
+            Ok(overlay) => Ok(Cut { device, old, overlay }),
+            Err(source) => Err(RunError::Overlay { device: device.name().to_owned(), source }),
+        }
+    }
+
+    async fn undo(&self, cuts: Vec<Cut<E, H>>) {
+        join_all(cuts.into_iter().map(|cut| overlay::discard(&self.environment, cut.overlay))).await;
+    }
+
+    /// The part that cannot be undone.
+    async fn switch_and_freeze(
+        self: &Rc<Self>,
+        name: &str,
+        deadline_ms: u64,
+        progress: &Progress,
+        record: SnapshotRecord,
+        cuts: Vec<Cut<E, H>>,
+    ) -> Result<(), RunError> {
+        let fence = self.domain.fence();
+        let views: Vec<_> = cuts.iter().map(|cut| cut.device.stack.prepare_overlay(Arc::clone(&cut.overlay.layer), &fence)).collect();
+        let began = self.environment.now();
+        let old_views: Vec<_> = cuts.iter().zip(views).map(|(cut, view)| cut.device.stack.publish(view)).collect();
+        fence.switch();
+        let outcome = {
+            let deadline = std::pin::pin!(self.environment.sleep_until(began + Duration::from_millis(deadline_ms)));
+            match select(std::pin::pin!(fence.ended()), deadline).await {
+                Either::Left((outcome, _)) => outcome,
+                Either::Right(_) => fence.expire(),
+            }
+        };
+        let switched: Vec<_> = cuts.into_iter().zip(old_views).map(|(cut, view)| self.put_on_top(name, cut, view)).collect();
+        progress.job.step();
+        let times = DeviceTimes { switch_us: Some(microseconds(fence.times().switch)), hold_us: None, freeze_us: None };
+        let times_of: Vec<_> = record.devices.iter().map(|member| (member.device.clone(), times)).collect();
+        let expired = (outcome == FenceOutcome::Expired).then_some(RunError::Deadline(deadline_ms));
+        let state = if expired.is_some() { catalogue::SnapshotState::Failed } else { catalogue::SnapshotState::Switched };
+        self.announce_switch(progress, &record, times, expired.as_ref());
+        let (key, error) = (name.to_owned(), expired.as_ref().map(ToString::to_string));
+        let adopted = self.catalogue.run(move |store| store.adopt_overlays(&key, &times_of, state, error)).await;
+
+        // The old layers are beneath others now, whatever became of the snapshot: they are brought to rest in any case.
+        let frozen = join_all(switched.into_iter().map(|member| self.freeze_one(member, began))).await;
+        let hold_us = Some(microseconds(fence.times().longest_hold));
+        let mut all_times = Vec::new();
+        let mut failure = expired.or_else(|| adopted.err().map(RunError::from));
+        for (device, result) in frozen {
+            let freeze_us = match result {
+                Ok(time) => Some(microseconds(time)),
+                Err(source) => {
+                    failure = failure.or(Some(RunError::Freeze { device: device.clone(), source }));
+                    None
+                }
+            };
+            all_times.push((device, DeviceTimes { hold_us, freeze_us, ..times }));
+        }
+        self.commit(name, progress, all_times, failure, outcome).await
+    }
+
+    /// Takes note of the new top.
+    fn put_on_top(&self, name: &str, cut: Cut<E, H>, view: Arc<View<E>>) -> Switched<E, H> {
+        let Cut { device, old, overlay } = cut;
+        {
+            let mut layers = device.layers.borrow_mut();
+            if let Some(top) = layers.last_mut() {
+                top.state = LayerState::Freezing;
+            }
+            let Prepared { record, identity, layer, .. } = overlay;
+            layers.push(DeviceLayer { record, identity, layer, state: LayerState::Active, made_by: Some(name.to_owned()), snapshot: None });
+        }
+        Switched { device, old, view }
+    }
+
+    fn announce_switch(&self, progress: &Progress, record: &SnapshotRecord, times: DeviceTimes, expired: Option<&RunError>) {
+        let mut record = record.clone();
+        for member in &mut record.devices {
+            member.times = times;
+        }
+        let shown = info_of(&record, Some(progress.job.id().to_owned()));
+        let info = progress.update(|info| {
+            *info = SnapshotInfo { created: info.created, ..shown };
+            match expired {
+                None => info.state = SnapshotState::Switched,
+                Some(error) => {
+                    info.state = SnapshotState::Failed;
+                    info.error = Some(error.to_string());
+                }
+            }
+        });
+        if expired.is_some() {
+            (self.events)(Event::SnapshotFailed(info));
+        } else {
+            tracing::info!(event = "snapshot_switched", snapshot = %info.name, switch_us = info.switch_us, "all queues write to the overlays");
+            (self.events)(Event::SnapshotSwitched(info));
+        }
+    }
+
+    /// Brings the layer that was covered to rest. Answers with the device's name and the time since the switch.
+    async fn freeze_one(
+        &self,
+        member: Switched<E, H>,
+        began: Duration,
+    ) -> (String, Result<Duration, snapfence_image_format::error::LayerError>) {
+        let Switched { device, old, view } = member;
+        let result = device.stack.freeze_below(view).await;
+        let took = self.environment.now().saturating_sub(began);
+        if result.is_ok() {
+            // Readers of a file that does not change any more need not be kept away; failing to tell them harms nobody.
+            if let Err(error) = old.layer.file().set_sharing(Sharing::Reader) {
+                tracing::warn!(event = "lock_not_lowered", layer = %old.record.path.display(), cause = %error, "others cannot write it either way");
+            }
+            device.set_layer_state(old.identity, LayerState::Frozen);
+        }
+        (device.name().to_owned(), result.map(|()| took))
+    }
+
+    /// Writes the record that makes the snapshot count, or that it does not.
+    async fn commit(
+        &self,
+        name: &str,
+        progress: &Progress,
+        times: Vec<(String, DeviceTimes)>,
+        failure: Option<RunError>,
+        outcome: FenceOutcome,
+    ) -> Result<(), RunError> {
+        let state = if failure.is_none() { catalogue::SnapshotState::Frozen } else { catalogue::SnapshotState::Failed };
+        let (key, error) = (name.to_owned(), failure.as_ref().map(ToString::to_string));
+        let recorded = if outcome == FenceOutcome::Released {
+            self.catalogue.run(move |store| store.conclude(&key, &times, state, error)).await.map(Some)
+        } else {
+            Ok(None) // That it failed is in the catalogue already.
+        };
+        if let Some(failure) = failure {
+            if let Err(error) = recorded {
+                tracing::error!(event = "catalogue_failed", snapshot = %name, cause = %error, "start-up will find that it failed");
+            }
+            return Err(failure);
+        }
+        let Some(record) = recorded? else { return Ok(()) };
+        for member in &record.devices {
+            if let Some(device) = self.device(&member.device) {
+                device.set_layer_snapshot(&member.frozen.path, name);
+            }
+        }
+        let shown = info_of(&record, Some(progress.job.id().to_owned()));
+        let info = progress.update(|info| *info = SnapshotInfo { created: info.created, ..shown });
+        tracing::info!(
+            event = "snapshot_frozen", snapshot = %name, switch_us = info.switch_us, hold_us = info.hold_us, freeze_us = info.freeze_us,
+            "the snapshot is complete and durable"
+        );
+        (self.events)(Event::SnapshotFrozen(info));
+        Ok(())
+    }
+}
+
+/// What is recorded before the switch.
+fn intent<E: Environment, H: Host<E>>(name: &str, created: Moment, cuts: &[Cut<E, H>]) -> SnapshotRecord {
+    let member = |cut: &Cut<E, H>| SnapshotDevice {
+        device: cut.device.name().to_owned(),
+        frozen: cut.old.record.clone(),
+        overlay: cut.overlay.record.clone(),
+        created_overlay: cut.overlay.created,
+        times: DeviceTimes::default(),
+    };
+    SnapshotRecord {
+        name: name.to_owned(),
+        created_us: created.unix_microseconds(),
+        state: catalogue::SnapshotState::Intended,
+        devices: cuts.iter().map(member).collect(),
+        error: None,
+    }
+}
