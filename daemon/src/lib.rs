@@ -8,6 +8,7 @@
 //! - [`manager`]: the devices and the commands about them.
 //! - [`name`]: names of devices, snapshots and jobs.
 //! - [`options`]: the command line and the configuration file.
+//! - [`server`]: all of it, as a process.
 //! - [`snapshot`]: group snapshots.
 //! - [`vring`]: virtqueues, and the requests in them.
 //! - [`worker`]: queue threads.
@@ -20,6 +21,7 @@ pub mod jobs;
 pub mod manager;
 pub mod name;
 pub mod options;
+pub mod server;
 pub mod snapshot;
 pub mod vring;
 pub mod worker;

@@ -1,0 +1,47 @@
+//! `snapfenced`, the storage daemon.
+//!
+//! Exit status: 0 after a clean end, 1 if it could not start or something is not durable, 2 wrong usage.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+
+use snapfenced::options::{Options, OptionsError};
+use snapfenced::server;
+use tracing_subscriber::EnvFilter;
+
+/// Environment variable with the filter for log lines.
+const LOG_VARIABLE: &str = "SNAPFENCE_LOG";
+/// Exit status of wrong usage.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let options = match Options::from_arguments(std::env::args_os()) {
+        Ok(options) => options,
+        Err(OptionsError::Help(text)) => {
+            // A reader that has gone has had enough.
+            let _ = write!(io::stdout(), "{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return failed(&anyhow::Error::new(error), USAGE),
+    };
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+    match server::run(options) {
+        Ok(()) => {
+            tracing::info!(event = "stopped", "everything is durable");
+            ExitCode::SUCCESS
+        }
+        Err(error) => failed(&error, 1),
+    }
+}
+
+fn failed(error: &anyhow::Error, status: u8) -> ExitCode {
+    // Nobody is left to tell if this fails.
+    let _ = writeln!(io::stderr(), "snapfenced: {}", snapfence::describe(error.as_ref()));
+    ExitCode::from(status)
+}

@@ -1,0 +1,146 @@
+//! The daemon as a process: from its options to its end.
+//!
+//! The control thread runs the [`Manager`] and everything that is not a request of a guest: one reactor, on the process's first thread. Beside it
+//! there are the queue threads (`workers`), an accepting and a message thread per device, the control socket's threads, and the
+//! catalogue's.
+
+mod host;
+mod inbox;
+mod offload;
+mod stop;
+mod workers;
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use futures_util::future::join_all;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
+
+use self::inbox::Inbox;
+use self::offload::offload;
+use self::stop::StopRequest;
+use crate::catalogue::Catalogue;
+use crate::control::{self, Events, ServerOptions};
+use crate::jobs::EventSink;
+use crate::manager::{GivenBy, Manager, Parts, Places};
+use crate::options::Options;
+
+pub use self::host::{VhostExport, VhostHost};
+
+/// Submissions that the ring of the control thread takes at a time.
+const RING_ENTRIES: u32 = 64;
+
+type Daemon = Rc<Manager<UringEnvironment, VhostHost>>;
+
+/// Serves until it is asked to end, and leaves everything in good order.
+///
+/// # Errors
+/// Whatever stands in the way of serving what was asked for; nothing is served then. Or what was not durable at the end.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let stop = StopRequest::new();
+    stop.follow_signals().context("cannot handle signals")?;
+    raise_file_limit();
+    let working_directory = std::env::current_dir().context("the working directory cannot be used")?;
+    let places = Places::new(options.allowed_directories.iter().map(|path| real_directory(path)).collect::<anyhow::Result<Vec<_>>>()?);
+    let catalogue = Catalogue::start(&options.state_dir)?;
+    let reactor = Reactor::new(RING_ENTRIES).context("no io_uring for the control thread")?;
+    tracing::info!(event = "io_uring", tier = %reactor.tier(), "what this kernel offers");
+    let events = Events::new();
+    let emitted = events.clone();
+    let sink: EventSink = Arc::new(move |event| emitted.emit(event));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let quit = Arc::clone(&stop);
+    let parts =
+        Parts { environment: UringEnvironment, host: VhostHost::new(threads), catalogue: catalogue.clone(), working_directory, places };
+    let served = reactor.block_on(async move {
+        let manager = Manager::new(parts, sink, move || quit.ask("the control socket"));
+        let outcome = match start(&manager, options, events).await {
+            Ok((server, inbox)) => serve(&manager, server, &inbox, &stop).await,
+            Err(error) => {
+                // What is reported is why it did not start.
+                let _ = manager.stop().await;
+                Err(error)
+            }
+        };
+        drop(manager);
+        outcome
+    });
+    catalogue.close();
+    served.context("the control thread's io_uring fails")?
+}
+
+/// Brings up everything that was asked for.
+async fn start(manager: &Daemon, options: Options, events: Events) -> anyhow::Result<(control::Server, Arc<Inbox>)> {
+    for name in options.forget {
+        let forgotten = name.clone();
+        manager.catalogue().run(move |store| store.forget_device(&forgotten)).await?;
+        tracing::warn!(event = "device_forgotten", device = %name, "its record was dropped as asked");
+    }
+    manager.recover().await?;
+    let added = join_all(options.devices.into_iter().map(|device| manager.add_device(device, GivenBy::Operator))).await;
+    for device in added {
+        device?;
+    }
+    let inbox = Inbox::new();
+    let server = control::Server::start(ServerOptions::new(options.control.clone()), Arc::clone(&inbox) as _, events)?;
+    let count = manager.devices().len();
+    tracing::info!(event = "ready", control = %options.control.display(), devices = count, "ready");
+    tell_systemd(&[sd_notify::NotifyState::Ready]);
+    Ok((server, inbox))
+}
+
+/// Obeys commands until asked to end, and then ends everything in good order.
+async fn serve(manager: &Daemon, server: control::Server, inbox: &Inbox, stop: &StopRequest) -> anyhow::Result<()> {
+    let obey = async || loop {
+        for (command, reply) in inbox.take().await {
+            manager.execute(command, reply);
+        }
+    };
+    until(stop.asked(), obey()).await;
+    tell_systemd(&[sd_notify::NotifyState::Stopping]);
+    // Clients can still ask how far it is; what would begin something new is refused.
+    let stopped = until(manager.stop(), obey()).await;
+    offload("stop control", move || server.stop()).await.context("cannot stop the control socket")?;
+    match stopped {
+        Ok(()) => Ok(()),
+        Err(devices) => bail!("not everything is durable on: {}", devices.join(", ")),
+    }
+}
+
+/// Runs both until `end` ends.
+async fn until<T>(end: impl Future<Output = T>, other: impl Future<Output = std::convert::Infallible>) -> T {
+    use futures_util::future::{Either, select};
+    match select(std::pin::pin!(end), std::pin::pin!(other)).await {
+        Either::Left((value, _)) => value,
+        Either::Right((never, _)) => match never {},
+    }
+}
+
+/// The directory without symbolic links: names are compared with what paths really are.
+fn real_directory(path: &Path) -> anyhow::Result<PathBuf> {
+    let real = path.canonicalize().with_context(|| format!("allowed directory {}", path.display()))?;
+    if !real.is_dir() {
+        bail!("allowed directory {} is not a directory", path.display());
+    }
+    Ok(real)
+}
+
+/// Deep chains need many descriptors.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
+        tracing::warn!(event = "file_limit", %error, "the limit of open files stays as it is");
+    }
+}
+
+fn tell_systemd(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(event = "notify_failed", %error, "the service manager was not told");
+    }
+}
