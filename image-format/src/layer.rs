@@ -34,12 +34,20 @@ pub enum Reservation<E: Environment> {
     Qcow2(crate::qcow2::Allocation<E>),
 }
 
-/// Clusters that the mapping no longer refers to, durably, and whose space may be used again once no request can still be writing to it.
+/// Clusters that the mapping no longer refers to, durably, and whose space may be used again once no request can still be writing to it. The
+/// layer keeps the list itself; dropping this only means that they stay unused until the layer is frozen.
 #[derive(Debug, Default)]
-#[must_use = "clusters that are forgotten leak"]
+#[must_use = "clusters that are forgotten stay unused"]
 pub struct Unmapped {
-    /// Positions of whole clusters.
-    pub clusters: Vec<HostOffset>,
+    /// Number of the layer's list; `None` for an empty one.
+    pub(crate) batch: Option<u64>,
+}
+
+impl Unmapped {
+    /// Whether there is nothing to release.
+    pub fn is_empty(&self) -> bool {
+        self.batch.is_none()
+    }
 }
 
 impl<E: Environment> Layer<E> {
@@ -149,9 +157,10 @@ impl<E: Environment> Layer<E> {
         }
     }
 
-    /// Gives up the space of `range`, whole mapping units or up to the end of the disk; afterwards it reads as zeros if there is a layer beneath (so that nothing older
-    /// shows through), and as zeros or as before if there is none. Where that needs a mapping that the format lacks (version 2 above a
-    /// backing file), nothing happens. `changed` as for [`write_zeroes`](Self::write_zeroes).
+    /// Gives up the space of `range`, whole mapping units or up to the end of the disk; afterwards it reads as zeros if there is a layer
+    /// beneath (so that nothing older shows through), and as zeros or as before if there is none. Where that needs a mapping that the format
+    /// lacks (version 2 above a backing file, a part of a compressed cluster), nothing happens. `changed` as for
+    /// [`write_zeroes`](Self::write_zeroes).
     ///
     /// # Errors
     /// As for [`reserve`](Self::reserve).
@@ -182,7 +191,8 @@ impl<E: Environment> Layer<E> {
         }
     }
 
-    /// Gives clusters back to the allocator and punches them out of the file. Only when nobody can be writing to them any more.
+    /// Gives clusters back to the allocator and punches them out of the file. Only when nobody can be writing to them any more. Does nothing
+    /// once the layer has been frozen, which gives them back as well.
     ///
     /// # Errors
     /// If reference counts cannot be read or written.
@@ -204,8 +214,8 @@ impl<E: Environment> Layer<E> {
         }
     }
 
-    /// Ends writing: gives reserved space back, flushes, clears the dirty bit, flushes again. Reads go on. Afterwards writes are refused with
-    /// [`LayerError::ReadOnly`] and the file never changes again.
+    /// Ends writing: flushes, gives unused and unmapped space back, flushes again. Reads go on. Writes are refused with
+    /// [`LayerError::ReadOnly`] from the call on, and once it has succeeded the file never changes again. No request may be writing any more.
     ///
     /// # Errors
     /// As for [`flush`](Self::flush).

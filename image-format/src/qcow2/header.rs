@@ -490,6 +490,12 @@ impl Header {
         self.bitmaps
     }
 
+    /// The refcount table has a new place.
+    pub(super) fn move_refcount_table(&mut self, at: HostOffset, clusters: u32) {
+        self.refcount_table_offset = at;
+        self.refcount_table_clusters = clusters;
+    }
+
     /// Changes fields in the copy of the first sector, and returns what to write to the start of the file.
     pub(super) fn patched_sector(&mut self) -> Box<[u8]> {
         let mut put = |at: usize, bytes: &[u8]| self.first_sector[at..at + bytes.len()].copy_from_slice(bytes);

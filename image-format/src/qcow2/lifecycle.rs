@@ -1,15 +1,49 @@
 //! The ends of an image's time as the top of a stack: getting ready for the first writes, and freezing.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::error::{LayerError, Structure};
 use crate::storage::{Environment, Storage};
 
 use super::geometry::HostCluster;
+use super::turn::TurnGuard;
 use super::{Inner, Qcow2, READ_CACHE_BYTES};
 
 /// L2 tables are made ahead of use if all of them together take no more than this.
 const WARM_TABLE_BYTES: u64 = 16 << 20;
+
+/// How far an image is on its way from the first write to the last. It only ever moves on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Writing,
+    /// Takes no more writes; what was written is being made durable. A failed freezing stays here.
+    Freezing,
+    /// Opened so, or frozen: the file does not change.
+    ReadOnly,
+}
+
+/// A phase that all threads see.
+#[derive(Debug)]
+pub(super) struct PhaseCell(AtomicU8);
+
+impl PhaseCell {
+    pub(super) fn new(phase: Phase) -> Self {
+        Self(AtomicU8::new(phase as u8))
+    }
+
+    pub(super) fn get(&self) -> Phase {
+        // Acquire pairs with the release in `set`: whoever sees that the file does not change sees all that was done before.
+        match self.0.load(Ordering::Acquire) {
+            phase if phase == Phase::Writing as u8 => Phase::Writing,
+            phase if phase == Phase::Freezing as u8 => Phase::Freezing,
+            _ => Phase::ReadOnly,
+        }
+    }
+
+    fn set(&self, phase: Phase) {
+        self.0.store(phase as u8, Ordering::Release);
+    }
+}
 
 impl<E: Environment> Qcow2<E> {
     pub(crate) fn admit_write(&self) -> Result<(), LayerError> {
@@ -17,11 +51,12 @@ impl<E: Environment> Qcow2<E> {
     }
 
     pub(crate) async fn flush(&self) -> Result<(), LayerError> {
-        if self.inner.is_read_only() {
+        let inner = &self.inner;
+        match inner.phase.get() {
+            Phase::Writing | Phase::Freezing => inner.write_back().await,
             // Nothing has been written since it was opened or frozen, and freezing has flushed.
-            return Ok(());
+            Phase::ReadOnly => inner.admit_flush(),
         }
-        self.inner.write_back().await
     }
 
     pub(crate) async fn warm(&self) -> Result<(), LayerError> {
@@ -43,30 +78,36 @@ impl<E: Environment> Qcow2<E> {
 
     pub(crate) async fn freeze(&self) -> Result<(), LayerError> {
         let inner = &self.inner;
-        if inner.is_read_only() {
+        if inner.phase.get() == Phase::ReadOnly {
             return inner.admit_flush();
         }
-        inner.read_only.store(true, Ordering::Release);
+        inner.phase.set(Phase::Freezing);
         inner.write_back().await?;
-        // The caller says that no request uses the image for writing any more, so nobody can be writing to these.
-        let unmapped = std::mem::take(&mut inner.unmapped().ready);
-        inner.lower(unmapped).await?;
-        let end = inner.give_back_reserves().await?;
+        let end = inner.give_back().await?;
         inner
             .write_back_and(async |inner: &Inner<E>| {
                 inner.trim(end).await?;
                 inner.flush_device().await
             })
             .await?;
+        inner.phase.set(Phase::ReadOnly);
         inner.slices.set_budget(READ_CACHE_BYTES);
         Ok(())
     }
 }
 
 impl<E: Environment> Inner<E> {
-    /// Gives the space of clusters back that were ready for use, and returns the first cluster after all that are in use.
-    async fn give_back_reserves(&self) -> Result<HostCluster, LayerError> {
+    /// Gives everything back that is allocated and not in use, and returns the first cluster after all that are in use.
+    async fn give_back(&self) -> Result<HostCluster, LayerError> {
         let turn = self.refcount_turn.take().await;
+        // The caller of `freeze` says that no request writes any more, so nobody can be writing to these either.
+        let unmapped = self.unmapped().take_all_unmapped();
+        self.lower(unmapped, &turn).await?;
+        self.give_back_reserves(&turn).await
+    }
+
+    /// Gives the space of clusters back that were ready for use, and returns the first cluster after all that are in use.
+    async fn give_back_reserves(&self, turn: &TurnGuard<'_>) -> Result<HostCluster, LayerError> {
         let geometry = &self.format.geometry;
         let (mut end, reserves) = {
             let mut allocator = self.allocator();
@@ -79,7 +120,7 @@ impl<E: Environment> Inner<E> {
         }
         while end > self.opened_clusters {
             let last = HostCluster(end - 1);
-            self.load_refcounts(geometry.locate_refcount(last).0, &turn).await?;
+            self.load_refcounts(geometry.locate_refcount(last).0, turn).await?;
             if self.allocator().refcounts.get(last) != Some(0) {
                 break;
             }
@@ -104,11 +145,6 @@ impl<E: Environment> Inner<E> {
         }
     }
 
-    /// Whether the image was opened for reading, or has been frozen.
-    pub(super) fn is_read_only(&self) -> bool {
-        self.read_only.load(Ordering::Acquire)
-    }
-
     /// Remembers the first failure after which what is in the file is unknown. Returns it.
     pub(super) fn fail(&self, error: LayerError) -> LayerError {
         // Only the first is kept: later ones say no more.
@@ -118,7 +154,7 @@ impl<E: Environment> Inner<E> {
 
     pub(super) fn admit_write(&self) -> Result<(), LayerError> {
         self.admit_flush()?;
-        if self.is_read_only() { Err(LayerError::ReadOnly) } else { Ok(()) }
+        if self.phase.get() == Phase::Writing { Ok(()) } else { Err(LayerError::ReadOnly) }
     }
 
     pub(super) fn admit_flush(&self) -> Result<(), LayerError> {

@@ -22,7 +22,7 @@ mod unmap;
 mod write;
 mod writeback;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::buffer::AlignedBuffer;
@@ -43,6 +43,7 @@ use busy::BusyTable;
 use entry::EntryFormat;
 use l1::L1;
 use l2::{Slice, SliceCache};
+use lifecycle::{Phase, PhaseCell};
 use overlap::MetadataMap;
 use refcount::Refcounts;
 use snapshot::Snapshots;
@@ -53,6 +54,9 @@ use writeback::Rounds;
 /// Clean L2 slices that a layer keeps in memory by default. Layers that are only read need few: the stack remembers what they say.
 const READ_CACHE_BYTES: usize = 16 << 10;
 const WRITE_CACHE_BYTES: usize = 16 << 20;
+
+/// What an entry is that points to metadata.
+const SHARED_WITH_METADATA: &str = "guest data and metadata share a cluster";
 
 /// An open qcow2 image. All methods may be called from any thread.
 #[derive(Debug)]
@@ -91,8 +95,7 @@ struct Inner<E: Environment> {
     /// Clusters of the file when it was opened.
     opened_clusters: u64,
     rounds: Rounds,
-    /// Opened so, or frozen since.
-    read_only: AtomicBool,
+    phase: PhaseCell,
     /// The first failure after which what is in the file is unknown.
     failed: OnceLock<LayerError>,
 }
@@ -123,7 +126,7 @@ impl<E: Environment> Inner<E> {
             data_limit: AtomicU64::new(0),
             opened_clusters: 0,
             rounds: Rounds::default(),
-            read_only: AtomicBool::new(!options.writable),
+            phase: PhaseCell::new(if options.writable { Phase::Writing } else { Phase::ReadOnly }),
             failed: OnceLock::new(),
         }
     }
@@ -162,12 +165,12 @@ impl<E: Environment> Inner<E> {
         if self.format.external_data {
             return if host.get() == guest.get() { Ok(false) } else { Err("the position in the data file is not that on the disk") };
         }
-        if self.read_only.load(Ordering::Acquire) {
+        if self.phase.get() != Phase::Writing {
             return Ok(false);
         }
         let cluster = self.format.geometry.host_cluster(host).0;
         if self.metadata().contains(cluster) {
-            return Err("guest data and metadata share a cluster");
+            return Err(SHARED_WITH_METADATA);
         }
         Ok(cluster < self.data_limit.load(Ordering::Acquire))
     }

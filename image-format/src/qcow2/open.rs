@@ -12,6 +12,7 @@ use super::allocate::Allocator;
 use super::geometry::{Geometry, HostCluster};
 use super::header::{Header, HeaderError};
 use super::l1::{L1, decode_l1_entry, words_from};
+use super::lifecycle::Phase;
 use super::overlap::MetadataMap;
 use super::refcount::{Refcounts, read_refcount};
 use super::snapshot::{SnapshotError, Snapshots};
@@ -103,7 +104,7 @@ impl<E: Environment> Qcow2<E> {
         let l1 = read_l1(&file, &header).await?;
         let snapshots = Snapshots::read(&file, &header).await?;
         let mut inner = Inner::new(file, header, l1, snapshots, options);
-        if !inner.is_read_only() {
+        if inner.phase.get() == Phase::Writing {
             inner.prepare_writing().await?;
         }
         Ok(Self::from_inner(inner))

@@ -26,10 +26,12 @@ pub(super) struct Refcounts {
     /// Entries newer than the file's table.
     dirty_entries: BTreeSet<usize>,
     /// The table is at a new place that the header in the file does not know yet; the old place, to be freed afterwards.
-    moved_from: Vec<Range<u64>>,
+    moved_from: Vec<HostCluster>,
     blocks: HashMap<u64, Block>,
     /// Blocks of which something is newer than the file.
     dirty_blocks: BTreeSet<u64>,
+    /// Blocks that a write-back is writing: the file has older ones until it has ended.
+    being_written: BTreeSet<u64>,
 }
 
 /// A refcount block in memory.
@@ -61,7 +63,7 @@ pub(super) struct RefcountWrites {
     /// The place that the header must point to. After the table there is durable.
     pub(super) moved_to: Option<(HostOffset, u32)>,
     /// Clusters of former tables, free once the header is durable.
-    pub(super) retired: Vec<Range<u64>>,
+    pub(super) retired: Vec<HostCluster>,
 }
 
 /// What appending some clusters to the file takes: a larger refcount table, then blocks, then the clusters, one after the other.
@@ -93,6 +95,7 @@ impl Refcounts {
             moved_from: Vec::new(),
             blocks: HashMap::new(),
             dirty_blocks: BTreeSet::new(),
+            being_written: BTreeSet::new(),
         }
     }
 
@@ -120,7 +123,8 @@ impl Refcounts {
     pub(super) fn insert(&mut self, index: u64, bytes: &[u8], keep: impl Fn(u64) -> bool) {
         let limit = (CACHE_BYTES >> self.geometry.cluster_bits()).max(4);
         if self.blocks.len() >= limit {
-            self.blocks.retain(|&index, block| block.dirty.is_some() || keep(index));
+            let being_written = &self.being_written;
+            self.blocks.retain(|&index, block| block.dirty.is_some() || being_written.contains(&index) || keep(index));
         }
         self.blocks.insert(index, Block { bytes: bytes.into(), dirty: None });
     }
@@ -203,7 +207,7 @@ impl Refcounts {
         let metadata = end..end + plan.table_clusters + plan.block_clusters;
         if plan.table_clusters > 0 {
             let old = self.table_range();
-            self.moved_from.push(old);
+            self.moved_from.extend(old.map(HostCluster));
             self.table_at = self.geometry.host_offset(HostCluster(end));
             self.table_clusters = u32::try_from(plan.table_clusters).expect("the table has at most 8 MiB");
             let entries = plan.table_clusters * self.geometry.cluster_bytes() / 8;
@@ -228,10 +232,12 @@ impl Refcounts {
         (HostCluster(metadata.end), end..next_block)
     }
 
-    /// Takes everything that is newer than the file, for a write-back that will be the only one until it ends.
+    /// Takes everything that is newer than the file, for a write-back that will be the only one until it ends. Follow with
+    /// [`blocks_written`](Self::blocks_written).
     pub(super) fn take_writes(&mut self) -> RefcountWrites {
         let mut writes = RefcountWrites::default();
-        for index in std::mem::take(&mut self.dirty_blocks) {
+        self.being_written = std::mem::take(&mut self.dirty_blocks);
+        for &index in &self.being_written {
             let block = self.blocks.get_mut(&index).expect("dirty blocks stay in memory");
             if let Some(dirty) = block.dirty.take() {
                 let at = HostOffset::new(self.table[usize::try_from(index).expect("a loaded block is in the table")]);
@@ -250,6 +256,11 @@ impl Refcounts {
             writes.retired = std::mem::take(&mut self.moved_from);
         }
         writes
+    }
+
+    /// The blocks that were taken last are in the file.
+    pub(super) fn blocks_written(&mut self) {
+        self.being_written.clear();
     }
 }
 
@@ -336,7 +347,7 @@ mod tests {
         assert_eq!(writes.blocks.len(), 2);
         assert_eq!(writes.entries.len(), 1);
         let again = refcounts.take_writes();
-        assert!(again.blocks.is_empty() && again.entries.is_empty());
+        assert!(again.blocks.is_empty() && again.entries.is_empty() && again.moved_to.is_none());
     }
 
     #[test]
@@ -352,7 +363,7 @@ mod tests {
         }
         let writes = refcounts.take_writes();
         assert_eq!(writes.moved_to.map(|(at, _)| at.get()), Some(end * 512));
-        assert_eq!(writes.retired.into_iter().flatten().collect::<Vec<_>>(), [1]);
+        assert_eq!(writes.retired, vec![HostCluster(1)]);
         assert!(writes.entries.is_empty());
     }
 

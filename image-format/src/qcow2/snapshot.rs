@@ -94,7 +94,8 @@ fn check_l1(index: u32, snapshot: &InternalSnapshot, header: &Header, file_len: 
     if !at.is_aligned(header.geometry.cluster_bytes()) {
         return Err(SnapshotError::L1Unaligned { index, at });
     }
-    if bytes > 0 && at.checked_add(bytes).is_none_or(|end| end.get() > file_len.next_multiple_of(header.geometry.cluster_bytes())) {
+    let file_end = file_len.next_multiple_of(header.geometry.cluster_bytes());
+    if bytes > 0 && at.checked_add(bytes).is_none_or(|end| end.get() > file_end) {
         return Err(SnapshotError::L1Outside { index, at });
     }
     Ok(())

@@ -3,6 +3,8 @@
 //! A host cluster that loses its last reference is free for use again only after three steps: the cleared entry is durable, nobody can still be
 //! writing to the cluster through a mapping learnt before, and its refcount has been lowered ([`Qcow2::release`]).
 
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{LayerError, Structure};
@@ -14,6 +16,7 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 use super::entry::{Entry, Standard};
 use super::geometry::{GuestCluster, HostCluster};
 use super::l2::Slice;
+use super::turn::TurnGuard;
 use super::{Inner, Qcow2};
 
 /// Host clusters on their way to be free.
@@ -23,6 +26,17 @@ pub(super) struct UnmappedLists {
     pub(super) pending: Vec<HostOffset>,
     /// Not referred to in the file either.
     pub(super) ready: Vec<HostOffset>,
+    /// As `ready`, by batch: those of which the stack has been told, and which it will release.
+    told: HashMap<u64, Vec<HostOffset>>,
+    next_batch: u64,
+}
+
+impl UnmappedLists {
+    /// Everything that is not referred to any more.
+    pub(super) fn take_all_unmapped(&mut self) -> Vec<HostOffset> {
+        let told = self.told.drain().flat_map(|(_, clusters)| clusters);
+        told.chain(self.ready.drain(..)).collect()
+    }
 }
 
 /// What a range becomes.
@@ -65,15 +79,25 @@ impl<E: Environment> Qcow2<E> {
     }
 
     pub(crate) fn take_unmapped(&self) -> Unmapped {
-        Unmapped { clusters: std::mem::take(&mut self.inner.unmapped().ready) }
+        let mut unmapped = self.inner.unmapped();
+        if unmapped.ready.is_empty() {
+            return Unmapped::default();
+        }
+        let batch = unmapped.next_batch;
+        unmapped.next_batch += 1;
+        let clusters = std::mem::take(&mut unmapped.ready);
+        unmapped.told.insert(batch, clusters);
+        Unmapped { batch: Some(batch) }
     }
 
     pub(crate) async fn release(&self, unmapped: Unmapped) -> Result<(), LayerError> {
-        if unmapped.clusters.is_empty() {
-            return Ok(());
-        }
-        self.inner.admit_write()?;
-        self.inner.lower(unmapped.clusters).await
+        let Some(batch) = unmapped.batch else { return Ok(()) };
+        let inner = &self.inner;
+        inner.admit_flush()?;
+        let turn = inner.refcount_turn.take().await;
+        // Only in the turn: freezing takes the batches in its own, and afterwards the file must not change.
+        let clusters = inner.unmapped().told.remove(&batch);
+        inner.lower(clusters.unwrap_or_default(), &turn).await
     }
 }
 
@@ -173,15 +197,14 @@ impl<E: Environment> Inner<E> {
 
     /// Lowers the refcount of clusters that nothing refers to and nobody writes to. Those that reach zero are punched out of the file and may
     /// be used again.
-    pub(super) async fn lower(&self, mut clusters: Vec<HostOffset>) -> Result<(), LayerError> {
-        let turn = self.refcount_turn.take().await;
+    pub(super) async fn lower(&self, mut clusters: Vec<HostOffset>, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
         let geometry = self.format.geometry;
         clusters.sort_unstable();
-        let mut freed: Vec<std::ops::Range<u64>> = Vec::new();
+        let mut freed: Vec<Range<u64>> = Vec::new();
         for at in clusters {
             let cluster = geometry.host_cluster(at);
             let (index, _) = geometry.locate_refcount(cluster);
-            self.load_refcounts(index, &turn).await?;
+            self.load_refcounts(index, turn).await?;
             let mut allocator = self.allocator();
             match allocator.refcounts.get(cluster) {
                 Some(count) if count > 0 => {

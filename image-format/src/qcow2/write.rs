@@ -9,10 +9,10 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 use super::busy::{Busy, Fresh, end_reservation};
 use super::entry::{Entry, Standard};
-use super::geometry::{GuestCluster, SliceKey};
+use super::geometry::{GuestCluster, HostCluster, SliceKey};
 use super::l1::Table;
 use super::l2::{Slice, SliceState};
-use super::{Inner, Qcow2};
+use super::{Inner, Qcow2, SHARED_WITH_METADATA};
 
 /// Bytes of dirty slices at which a writer first waits for a write-back.
 const DIRTY_LIMIT_BYTES: usize = 16 << 20;
@@ -243,16 +243,22 @@ impl<E: Environment> Inner<E> {
 
     /// A standard cluster that the mapping does not refer to any more, or bytes of compressed ones: to be freed once that is durable. Call
     /// with the slice locked, after [`mark_dirty`](Self::mark_dirty).
+    ///
+    /// Clusters with metadata, to which no sound entry points, are never freed: they end all writing instead.
     pub(super) fn unmap_entry(&self, entry: Entry) {
-        let mut unmapped = self.unmapped();
-        match entry {
-            Entry::Standard(standard) => unmapped.pending.extend(standard.host),
-            Entry::Compressed(extent) => {
-                let geometry = &self.format.geometry;
-                let numbers = geometry.cluster_numbers(extent.at, extent.len);
-                unmapped.pending.extend(numbers.map(|number| geometry.host_offset(super::geometry::HostCluster(number))));
-            }
+        let geometry = &self.format.geometry;
+        let numbers = match entry {
+            Entry::Standard(Standard { host: Some(host), .. }) => geometry.cluster_numbers(host, 1),
+            Entry::Standard(_) => return,
+            Entry::Compressed(extent) => geometry.cluster_numbers(extent.at, extent.len),
+        };
+        let shared = numbers.clone().find(|&number| self.metadata().contains(number));
+        if let Some(number) = shared {
+            let at = geometry.host_offset(HostCluster(number));
+            self.fail(LayerError::Corrupt { what: Structure::Data, at, detail: SHARED_WITH_METADATA });
+            return;
         }
+        self.unmapped().pending.extend(numbers.map(|number| geometry.host_offset(HostCluster(number))));
     }
 }
 
@@ -330,7 +336,13 @@ impl<E: Environment> Drop for Allocation<E> {
             return;
         }
         let shard = self.inner.busy.shard(self.cluster);
-        let fresh = end_reservation(&mut shard.lock(), self.cluster, self.mask);
+        let mut clusters = shard.lock();
+        if let Some(Busy { fresh: Some(shared), .. }) = clusters.get_mut(&self.cluster) {
+            // Part of the data may be there by now.
+            shared.reads_zero = false;
+        }
+        let fresh = end_reservation(&mut clusters, self.cluster, self.mask);
+        drop(clusters);
         if let Some(fresh) = fresh {
             // The write may still be under way, so the place takes the way of all clusters that are not used any more.
             self.inner.unmapped().ready.push(fresh.host);

@@ -17,7 +17,7 @@ use crate::storage::{Environment, Storage};
 use crate::units::HostOffset;
 
 use super::Inner;
-use super::geometry::{HostCluster, SliceKey};
+use super::geometry::SliceKey;
 use super::l1::{L1Writes, table_bytes};
 use super::refcount::RefcountWrites;
 
@@ -168,6 +168,7 @@ impl<E: Environment> Inner<E> {
         let mapping_changes = !slices.is_empty() || !sectors.is_empty();
 
         self.write_all(blocks, Structure::RefcountBlock).await?;
+        self.allocator().refcounts.blocks_written();
         self.zero_tables(zero_tables).await?;
         self.l1_mut().mark_initialised(&initialised);
         if table_changes || mapping_changes {
@@ -176,11 +177,7 @@ impl<E: Environment> Inner<E> {
         if table_changes {
             self.write_all(entries, Structure::RefcountTable).await?;
             if let Some((at, clusters)) = moved_to {
-                {
-                    let mut header = self.header();
-                    header.refcount_table_offset = at;
-                    header.refcount_table_clusters = clusters;
-                }
+                self.header().move_refcount_table(at, clusters);
                 self.write_header().await?;
             }
             if mapping_changes {
@@ -195,7 +192,7 @@ impl<E: Environment> Inner<E> {
         let geometry = &self.format.geometry;
         let mut unmapped = self.unmapped();
         unmapped.ready.extend(pending);
-        unmapped.ready.extend(retired.into_iter().flatten().map(|cluster| geometry.host_offset(HostCluster(cluster))));
+        unmapped.ready.extend(retired.into_iter().map(|cluster| geometry.host_offset(cluster)));
         Ok(())
     }
 

@@ -261,7 +261,7 @@ impl<E: Environment> View<E> {
         }
         let top = Arc::clone(self.top());
         let unmapped = top.take_unmapped();
-        if !unmapped.clusters.is_empty() {
+        if !unmapped.is_empty() {
             let environment = stack.environment.clone();
             environment.spawn(async move {
                 stack.grace_period().await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 
 use super::map::{self, Miss, PAGE_BYTES, Piece, Pieces, Place, push_piece};
 use super::{View, whole_disk};
@@ -53,7 +53,7 @@ impl<E: Environment> View<E> {
             let part = vectors.slice(from..from + buffer_len(piece.range));
             self.read_piece(*piece, part).await
         });
-        try_join_all(reads).await.map(|_| ())
+        all_ended(reads).await
     }
 
     async fn read_piece(&self, piece: Piece, into: SharedVectors) -> Result<(), LayerError> {
@@ -173,6 +173,12 @@ pub(super) async fn walk<E: Environment>(layers: &[Arc<Layer<E>>], range: GuestR
         push_piece(pieces, piece);
     }
     Ok(())
+}
+
+/// Runs transfers at the same time, to the end of each: one that went on after its request had failed could still change what the buffer or
+/// the file is used for next.
+pub(super) async fn all_ended(transfers: impl IntoIterator<Item = impl Future<Output = Result<(), LayerError>>>) -> Result<(), LayerError> {
+    join_all(transfers).await.into_iter().collect()
 }
 
 /// How far into the bytes of `range` the position `at` is.

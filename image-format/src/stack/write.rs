@@ -2,11 +2,9 @@
 
 use std::sync::Arc;
 
-use futures_util::future::try_join_all;
-
 use super::View;
 use super::map::{Piece, Place};
-use super::read::{buffer_len, position};
+use super::read::{all_ended, buffer_len, position};
 use crate::buffer::{AlignedBuffer, Buffer, SharedVectors};
 use crate::error::{LayerError, Structure};
 use crate::extent::{Extent, Mapping};
@@ -124,7 +122,7 @@ impl<E: Environment> View<E> {
                 });
             }
         }
-        try_join_all(writes).await.map(|_| ())
+        all_ended(writes).await
     }
 
     /// Writes to a part of one cluster that the top layer may not overwrite where it is.
