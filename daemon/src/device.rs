@@ -113,17 +113,17 @@ impl<E: Environment> Device<E> {
     pub fn note_failure(&self, error: &LayerError) {
         let count = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if count.is_power_of_two() {
-            warn!(device = self.name(), count, %error, "request failed");
+            warn!(event = "request_failed", device = self.name(), count, cause = %error, "the guest gets an I/O error");
         }
     }
 }
 
 /// Whether completed writes may be lost until the guest flushes (write-back, the default) or must be durable (write-through).
 ///
-/// The choice outlives the connection and device resets. Front-ends keep a copy of the configuration space and tell us changes only (QEMU reads
+/// Without a choice of the driver's, it is what the accepted features say. The choice outlives the connection and device resets. Front-ends keep a copy of the configuration space and tell us changes only (QEMU reads
 /// it once, when the device is made, and sends the byte only when it differs from that copy), so the guest of a front-end that comes back
 /// may still count on write-through. It goes back to the default for a front-end that reads it before it starts a ring, and so learns of it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct WriteCache {
     choice: Mutex<Choice>,
     /// What follows from the choice, for queues.
@@ -134,13 +134,33 @@ pub struct WriteCache {
 struct Choice {
     /// Virtio feature bits that the driver has accepted.
     features: u64,
-    /// The byte in the configuration space.
-    write_back: bool,
+    /// The byte in the configuration space, if anybody may rely on its value.
+    write_back: Option<bool>,
 }
 
-impl Default for WriteCache {
+impl Default for Choice {
     fn default() -> Self {
-        Self { choice: Mutex::new(Choice { features: 1 << VIRTIO_BLK_F_FLUSH, write_back: true }), write_through: AtomicBool::new(false) }
+        Self { features: 1 << VIRTIO_BLK_F_FLUSH, write_back: None }
+    }
+}
+
+impl Choice {
+    fn can_flush(&self) -> bool {
+        self.features & (1 << VIRTIO_BLK_F_FLUSH) != 0
+    }
+
+    /// The byte in the configuration space. VIRTIO 1.3, 5.2.5.2: without flushes the writes must be durable until the driver says otherwise.
+    fn write_back(&self) -> bool {
+        self.write_back.unwrap_or(self.can_flush())
+    }
+
+    /// VIRTIO 1.3, 5.2.6.2, "a write becomes stable": a driver that can neither flush nor choose relies on every write; one that cannot choose
+    /// but flush flushes.
+    fn write_through(&self) -> bool {
+        match self.features & (1 << VIRTIO_BLK_F_CONFIG_WCE) {
+            0 => !self.can_flush(),
+            _ => !self.write_back(),
+        }
     }
 }
 
@@ -150,29 +170,40 @@ impl WriteCache {
         self.write_through.load(Ordering::Relaxed)
     }
 
-    /// The byte for the configuration space: 1 for write-back.
-    pub fn write_back(&self) -> u8 {
-        u8::from(self.choice().write_back)
+    /// The byte for the configuration space: 1 for write-back. Whoever reads 0 may keep it and never flush, so it stays 0 until somebody
+    /// chooses again.
+    pub fn report_write_back(&self) -> u8 {
+        let mut choice = self.choice();
+        if !choice.write_back() {
+            choice.write_back = Some(false);
+        }
+        u8::from(choice.write_back())
     }
 
     /// The driver sets the byte in the configuration space.
     pub fn set_write_back(&self, write_back: bool) {
-        self.change(|choice| choice.write_back = write_back);
+        self.change(|choice| choice.write_back = Some(write_back));
     }
 
     /// Goes back to the default, as whoever configures the device is about to read. Not for a driver that may rely on what it chose.
     pub fn reset(&self) {
-        self.change(|choice| choice.write_back = choice.features & (1 << VIRTIO_BLK_F_FLUSH) != 0);
+        self.change(|choice| choice.write_back = None);
+    }
+
+    /// A front-end has connected and has accepted nothing yet.
+    pub fn begin_negotiation(&self) {
+        self.change(|choice| choice.features = Choice::default().features);
     }
 
     /// The driver has accepted these virtio features.
     pub fn set_features(&self, features: u64) {
         self.change(|choice| {
-            // VIRTIO 1.3, 5.2.5.2: without flushes the writes must be durable until the driver says otherwise.
-            if features & (1 << VIRTIO_BLK_F_FLUSH) == 0 {
-                choice.write_back = false;
-            }
             choice.features = features;
+            // Not chosen by this driver, which relies on its writes. What comes after it may find write-back again: firmware that boots
+            // without flushes must not slow the system down that it boots.
+            if !choice.can_flush() && choice.write_back == Some(true) {
+                choice.write_back = None;
+            }
         });
     }
 
@@ -183,13 +214,7 @@ impl WriteCache {
     fn change(&self, change: impl FnOnce(&mut Choice)) {
         let mut choice = self.choice();
         change(&mut choice);
-        // VIRTIO 1.3, 5.2.6.2, "a write becomes stable": a driver with neither feature cannot flush and relies on every write; one that cannot
-        // choose but flush flushes.
-        let write_through = match choice.features & (1 << VIRTIO_BLK_F_CONFIG_WCE) {
-            0 => choice.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
-            _ => !choice.write_back,
-        };
-        self.write_through.store(write_through, Ordering::Relaxed);
+        self.write_through.store(choice.write_through(), Ordering::Relaxed);
     }
 }
 
@@ -230,6 +255,40 @@ mod tests {
         cache.set_write_back(false);
         cache.set_features(FLUSH | WCE);
         assert!(cache.is_write_through());
-        assert_eq!(cache.write_back(), 0);
+        assert_eq!(cache.report_write_back(), 0);
+    }
+
+    #[test]
+    fn a_system_after_firmware_without_flushes_has_write_back() {
+        let cache = WriteCache::default();
+        assert_eq!(cache.report_write_back(), 1);
+        cache.set_features(0);
+        assert!(cache.is_write_through());
+        cache.set_features(FLUSH | WCE);
+        assert!(!cache.is_write_through());
+        cache.set_write_back(true);
+        cache.set_features(WCE);
+        assert!(cache.is_write_through(), "another driver's choice");
+        cache.set_features(FLUSH | WCE);
+        assert!(!cache.is_write_through());
+    }
+
+    #[test]
+    fn a_byte_that_was_read_as_write_through_stays_so_until_a_new_front_end_reads() {
+        let cache = WriteCache::default();
+        cache.set_features(WCE);
+        assert_eq!(cache.report_write_back(), 0);
+        cache.set_features(FLUSH | WCE);
+        assert!(cache.is_write_through());
+        cache.begin_negotiation();
+        assert_eq!(cache.report_write_back(), 0, "it may only look");
+        cache.reset();
+        assert_eq!(cache.report_write_back(), 1);
+        cache.set_features(FLUSH | WCE);
+        assert!(!cache.is_write_through());
+        cache.begin_negotiation();
+        cache.set_features(0);
+        cache.reset();
+        assert!(cache.is_write_through(), "features were accepted before the byte was read");
     }
 }

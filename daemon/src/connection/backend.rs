@@ -26,7 +26,9 @@ pub(super) struct Backend<E: Environment> {
 }
 
 impl<E: Environment> Backend<E> {
+    /// For a new connection.
     pub(super) fn new(device: Arc<Device<E>>, rings: Vec<Arc<Control>>) -> Self {
+        device.cache().begin_negotiation();
         Self { device, rings, has_started: AtomicBool::new(false) }
     }
 
@@ -75,7 +77,12 @@ impl<E: Environment> VhostUserBackend for Backend<E> {
     }
 
     fn acked_features(&self, features: u64) {
-        debug!(device = self.device.name(), features, "front-end has accepted features");
+        debug!(
+            event = "features",
+            device = self.device.name(),
+            features = format_args!("{features:#x}"),
+            "front-end has accepted features"
+        );
         self.device.cache().set_features(features);
         for ring in &self.rings {
             ring.set_indirect(configuration::ring_features(features).indirect);
@@ -124,14 +131,15 @@ impl<E: Environment> VhostUserBackend for Backend<E> {
         Ok(())
     }
 
-    /// There is no state beside the image and what front-ends keep: saving writes nothing, and closing the file says that this was all.
+    /// There is no state beside the image and what front-ends keep: saving writes nothing, and closing the file says that this was all. A
+    /// front-end that has a state to load, from another back-end, cannot write it and so learns that it does not fit.
     fn set_device_state_fd(
         &self,
         direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
         file: File,
     ) -> io::Result<Option<File>> {
-        debug!(device = self.device.name(), ?direction, "front-end transfers the device state, which is empty");
+        debug!(event = "device_state", device = self.device.name(), ?direction, "front-end transfers the device state, which is empty");
         drop(file);
         Ok(None)
     }

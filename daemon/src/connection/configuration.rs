@@ -98,7 +98,7 @@ fn space<E: Environment>(device: &Device<E>) -> [u8; BYTES] {
     put(20, &(SECTOR_BYTES as u32).to_le_bytes());
     put(24, &[PHYSICAL_BLOCK_EXPONENT]);
     put(26, &PHYSICAL_BLOCK_SECTORS.to_le_bytes());
-    put(WRITE_BACK_AT as usize, &[device.cache().write_back()]);
+    put(WRITE_BACK_AT as usize, &[device.cache().report_write_back()]);
     put(34, &options.queues.to_le_bytes());
     put(36, &max_range_sectors.to_le_bytes());
     put(40, &max_ranges.to_le_bytes());

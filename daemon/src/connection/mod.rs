@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use snapfence_image_format::storage::Environment;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -125,7 +125,7 @@ impl Drop for Server {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            warn!("an accepting thread had panicked");
+            error!(event = "accept_panicked", "an accepting thread had panicked");
         }
     }
 }
@@ -142,7 +142,7 @@ impl<E: Environment, R: Fn(ConnectionEvent)> Acceptor<E, R> {
     fn run(self) {
         while self.wait_for_connection() {
             if let Err(error) = self.serve() {
-                warn!(device = self.device.name(), %error, "connection failed");
+                warn!(event = "connection_failed", device = self.device.name(), cause = %error, "connection cannot be served");
                 // What fails here (descriptors, threads) fails again at once. A stop is seen by the next wait.
                 std::thread::sleep(RETRY_PAUSE);
             }
@@ -158,7 +158,7 @@ impl<E: Environment, R: Fn(ConnectionEvent)> Acceptor<E, R> {
                 Ok(_) if !fds[0].revents().is_empty() => return true,
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
-                    warn!(device = self.device.name(), %error, "cannot wait for connections");
+                    error!(event = "listening_failed", device = self.device.name(), cause = %error, "no front-end can connect any more");
                     return false;
                 }
             }
@@ -186,7 +186,7 @@ impl<E: Environment, R: Fn(ConnectionEvent)> Acceptor<E, R> {
                 daemon.request_shutdown();
             }
         }
-        info!(device = self.device.name(), "front-end connected");
+        info!(event = "connected", device = self.device.name(), "front-end connected");
         (self.report)(ConnectionEvent::Connected);
         let outcome = daemon.wait();
         backend.stop_rings();
@@ -194,9 +194,9 @@ impl<E: Environment, R: Fn(ConnectionEvent)> Acceptor<E, R> {
         self.stop.lock().connection = None;
         match outcome {
             Ok(()) | Err(BackendError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
-                info!(device = self.device.name(), "front-end disconnected");
+                info!(event = "disconnected", device = self.device.name(), "front-end disconnected");
             }
-            Err(error) => warn!(device = self.device.name(), %error, "front-end disconnected"),
+            Err(error) => warn!(event = "disconnected", device = self.device.name(), cause = %error, "front-end cut off"),
         }
         (self.report)(ConnectionEvent::Disconnected);
         Ok(())

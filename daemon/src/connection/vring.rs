@@ -18,7 +18,7 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::vring::{GuestMemory, RingFeatures, RingLayout, Signal};
+use crate::vring::{EventDescriptor, GuestMemory, RingFeatures, RingLayout, Signal};
 use crate::worker::{QueueHandle, Start};
 
 /// Guest memory as the crate keeps it.
@@ -78,7 +78,12 @@ impl Control {
     /// Waits for the answer to [`change_memory`](Self::change_memory).
     pub(super) fn await_memory(&self, answer: &Receiver<()>, until: Instant) {
         if answer.recv_timeout(until.saturating_duration_since(Instant::now())).is_err() {
-            error!(device = self.device, queue = self.index, "requests still use memory that the front-end takes away");
+            error!(
+                event = "memory_in_use",
+                device = self.device,
+                queue = self.index,
+                "requests still use memory that the front-end takes away"
+            );
         }
     }
 
@@ -91,12 +96,12 @@ impl Control {
     /// Waits until nothing is in flight, and remembers where the ring stopped.
     pub(super) fn finish_stop(&self, answer: &Receiver<u16>, until: Instant) {
         let stopped = answer.recv_timeout(until.saturating_duration_since(Instant::now())).or_else(|_| {
-            error!(device = self.device, queue = self.index, "ring did not drain in time: requests in flight are lost to the guest");
+            error!(event = "drain_timeout", device = self.device, queue = self.index, "ring is given up, with its requests in flight");
             self.queue.abandon().recv_timeout(COMMAND_TIMEOUT)
         });
         match stopped {
             Ok(next_avail) => self.state().base = next_avail,
-            Err(_) => error!(device = self.device, queue = self.index, "queue thread does not answer"),
+            Err(_) => error!(event = "worker_silent", device = self.device, queue = self.index, "queue thread does not answer"),
         }
     }
 
@@ -111,7 +116,23 @@ impl Control {
         }
     }
 
-    fn start(&self, kick: OwnedFd, memory: &Memory) {
+    /// The front-end's descriptor, if it is one that can be used. A front-end is not told: none of these messages can be refused but by ending
+    /// the connection, which would cost the guest its disk.
+    fn descriptor(&self, purpose: &str, file: File) -> Option<EventDescriptor> {
+        match OwnedFd::from(file).try_into() {
+            Ok(descriptor) => Some(descriptor),
+            Err(cause) => {
+                warn!(event = "descriptor_refused", device = self.device, queue = self.index, purpose, %cause, "taken for none");
+                None
+            }
+        }
+    }
+
+    fn signal(&self, purpose: &str, file: Option<File>) -> Option<Arc<Signal>> {
+        self.descriptor(purpose, file?).map(|descriptor| Arc::new(Signal::new(descriptor)))
+    }
+
+    fn start(&self, kick: EventDescriptor, memory: &Memory) {
         let mut state = self.state();
         let start = Start {
             layout: state.layout,
@@ -126,12 +147,12 @@ impl Control {
         match self.queue.start(start).recv_timeout(COMMAND_TIMEOUT) {
             Ok(Ok(())) => state.is_running = true,
             Ok(Err(cause)) => {
-                warn!(device = self.device, queue = self.index, %cause, "ring cannot be started");
+                warn!(event = "ring_refused", device = self.device, queue = self.index, %cause, "ring cannot be started");
                 if let Some(error) = &state.error {
                     error.raise();
                 }
             }
-            Err(_) => error!(device = self.device, queue = self.index, "queue thread does not answer"),
+            Err(_) => error!(event = "worker_silent", device = self.device, queue = self.index, "queue thread does not answer"),
         }
     }
 }
@@ -216,7 +237,12 @@ impl VringT<Memory> for HookVring {
         if enabled {
             self.control.queue.enable();
         } else if self.control.queue.disable().recv_timeout(DRAIN_TIMEOUT).is_err() {
-            error!(device = self.control.device, queue = self.control.index, "ring did not drain in time and is not at rest");
+            error!(
+                event = "drain_timeout",
+                device = self.control.device,
+                queue = self.control.index,
+                "ring is not at rest, whatever the front-end believes"
+            );
         }
     }
 
@@ -224,7 +250,8 @@ impl VringT<Memory> for HookVring {
     fn set_queue_size(&self, size: u16) {
         let mut state = self.control.state();
         if state.is_running {
-            warn!(device = self.control.device, queue = self.control.index, size, "front-end resizes a running ring: ignored");
+            let (device, queue) = (&self.control.device, self.control.index);
+            warn!(event = "ring_message_ignored", device, queue, size, "front-end resizes a running ring");
         } else {
             state.layout.size = size;
         }
@@ -235,7 +262,8 @@ impl VringT<Memory> for HookVring {
         let mut state = self.control.state();
         let layout = RingLayout { size: state.layout.size, descriptors, available, used };
         if state.is_running && layout != state.layout {
-            warn!(device = self.control.device, queue = self.control.index, "front-end moves a running ring");
+            let (device, queue) = (&self.control.device, self.control.index);
+            warn!(event = "ring_message_refused", device, queue, "front-end moves a running ring");
             return Err(QueueError::QueueNotReady);
         }
         state.layout = layout;
@@ -251,7 +279,8 @@ impl VringT<Memory> for HookVring {
     fn set_queue_next_avail(&self, base: u16) {
         let mut state = self.control.state();
         if state.is_running {
-            warn!(device = self.control.device, queue = self.control.index, base, "front-end sets the base of a running ring: ignored");
+            let (device, queue) = (&self.control.device, self.control.index);
+            warn!(event = "ring_message_ignored", device, queue, base, "front-end sets the base of a running ring");
         } else {
             state.base = base;
         }
@@ -279,26 +308,25 @@ impl VringT<Memory> for HookVring {
 
     /// `SET_VRING_KICK` starts a stopped ring, and gives a running one another descriptor. `None` also ends `GET_VRING_BASE`.
     fn set_kick(&self, kick: Option<File>) {
-        let mut state = self.control.state();
-        let was_stopping = std::mem::replace(&mut state.is_stopping, false);
-        match kick {
-            Some(kick) if state.is_running => self.control.queue.set_kick(kick.into()),
-            Some(kick) => {
-                drop(state);
-                self.control.start(kick.into(), &self.memory);
-            }
-            None if was_stopping => {}
-            None => warn!(
-                device = self.control.device,
-                queue = self.control.index,
-                "front-end wants its ring polled, which is not supported: it must give a kick descriptor"
-            ),
+        let was_stopping = std::mem::replace(&mut self.control.state().is_stopping, false);
+        if was_stopping && kick.is_none() {
+            return;
+        }
+        let Some(kick) = kick.and_then(|kick| self.control.descriptor("kick", kick)) else {
+            let (device, queue) = (&self.control.device, self.control.index);
+            warn!(event = "kick_missing", device, queue, "rings are not polled: the front-end must give an eventfd for kicks");
+            return;
+        };
+        if self.control.is_running() {
+            self.control.queue.set_kick(kick);
+        } else {
+            self.control.start(kick, &self.memory);
         }
     }
 
     /// `SET_VRING_CALL`. `None` is a driver that polls.
     fn set_call(&self, call: Option<File>) {
-        let call = call.map(|call| Arc::new(Signal::new(call.into())));
+        let call = self.control.signal("call", call);
         let mut state = self.control.state();
         state.call.clone_from(&call);
         if state.is_running {
@@ -308,7 +336,7 @@ impl VringT<Memory> for HookVring {
 
     /// `SET_VRING_ERR`.
     fn set_err(&self, error: Option<File>) {
-        let error = error.map(|error| Arc::new(Signal::new(error.into())));
+        let error = self.control.signal("error", error);
         let mut state = self.control.state();
         state.error.clone_from(&error);
         if state.is_running {

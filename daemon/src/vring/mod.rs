@@ -2,7 +2,7 @@
 //!
 //! - [`memory`]: guest memory, checked; the only place that touches it through raw pointers, with the ring areas beside it.
 //! - [`ring`]: descriptor table, available and used ring of one queue; descriptor chains out, used elements in, notifications both ways.
-//! - [`signal`]: the way back to the front-end.
+//! - [`signal`]: eventfds that are shared with the front-end.
 //! - [`request`]: what a chain asks for, and serving it from a view of the stack.
 //!
 //! A chain is read once into owned values and checked; whoever holds a [`Chain`] or a [`Request`] never checks again.
@@ -18,4 +18,4 @@ pub(crate) mod driver;
 pub use memory::GuestMemory;
 pub use request::{Limits, Request, Status};
 pub use ring::{Broken, Chain, ChainFault, Ring, RingError, RingFeatures, RingLayout, Used};
-pub use signal::Signal;
+pub use signal::{EventDescriptor, Signal};

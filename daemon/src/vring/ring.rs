@@ -150,6 +150,14 @@ pub struct Chain {
     pub fault: Option<ChainFault>,
 }
 
+impl Chain {
+    /// Bytes of its buffers, both ways.
+    pub fn bytes(&self) -> u64 {
+        // Each is limited by what a chain may have.
+        (self.readable.len() + self.writable.len()) as u64
+    }
+}
+
 /// A chain on its way back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {

@@ -2,7 +2,6 @@
 //! with a time limit, and learns that the worker is gone when the channel closes.
 
 use std::cell::RefCell;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -12,7 +11,7 @@ use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::storage::Environment;
 
 use crate::device::Device;
-use crate::vring::{GuestMemory, RingError, RingFeatures, RingLayout, Signal};
+use crate::vring::{EventDescriptor, GuestMemory, RingError, RingFeatures, RingLayout, Signal};
 
 /// Everything that a ring needs to run.
 #[derive(Debug)]
@@ -26,7 +25,7 @@ pub struct Start {
     /// The memory that it is in.
     pub memory: GuestMemory,
     /// How the driver kicks.
-    pub kick: OwnedFd,
+    pub kick: EventDescriptor,
     /// How the driver is interrupted; `None` for one that polls.
     pub call: Option<Arc<Signal>>,
     /// How the front-end hears of a broken ring.
@@ -52,7 +51,7 @@ pub(super) enum Command {
     /// Take no chains for now; answer when nothing is in flight.
     Disable { answer: Answer<()> },
     /// Use another descriptor for kicks.
-    Kick(OwnedFd),
+    Kick(EventDescriptor),
     /// Use another descriptor for interrupts, or none.
     Call(Option<Arc<Signal>>),
     /// Use another descriptor for errors, or none.
@@ -204,7 +203,7 @@ impl QueueHandle {
     }
 
     /// Replaces the kick descriptor of a running ring.
-    pub fn set_kick(&self, kick: OwnedFd) {
+    pub fn set_kick(&self, kick: EventDescriptor) {
         self.send(Command::Kick(kick));
     }
 

@@ -10,7 +10,7 @@
 //! A request is one task. It keeps the view with which it was taken, serves itself, waits for the fence of that view, and only then writes its
 //! status and comes back; the queue gives all that have come back to the driver at once.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -25,6 +25,12 @@ use super::command::{Answer, Command, Start};
 use crate::device::Device;
 use crate::vring::request::Parsed;
 use crate::vring::{Broken, Ring, Signal, Status, Used};
+
+/// Most bytes of one queue in flight, unless a single request has more. What is copied on the way to the image takes so much memory, whatever
+/// the driver asks for at once.
+const MAX_BYTES_IN_FLIGHT: u64 = 64 << 20;
+/// Most chains that one turn takes from one queue: the thread's other queues shall not wait for longer.
+const MAX_TAKEN_AT_ONCE: usize = 64;
 
 /// A virtqueue.
 pub(super) struct Queue<E: Environment, B> {
@@ -67,14 +73,23 @@ struct Running<B> {
     flow: Flow,
     /// Taken and not given back.
     in_flight: usize,
-    /// Requests that have ended. One list per start of a ring, so that those of an abandoned one never come into another.
-    ended: Rc<RefCell<Vec<Used>>>,
+    /// One per start of a ring, so that requests of an abandoned one never come into another.
+    ledger: Rc<Ledger>,
     /// Held by each request in flight that uses the present memory.
     memory_in_use: Rc<()>,
     /// Memory tables before, and who waits until they are not used any more.
     memories_before: Vec<(Rc<()>, Answer<()>)>,
     /// Whether a chain of this ring has been reported as malformed. The rest is for those who debug: a guest must not fill the log.
     has_complained: bool,
+}
+
+/// What requests tell their queue.
+#[derive(Default)]
+struct Ledger {
+    /// Requests that have ended.
+    ended: RefCell<Vec<Used>>,
+    /// Bytes of the chains that have not.
+    bytes_in_flight: Cell<u64>,
 }
 
 /// Whether chains are taken.
@@ -85,8 +100,15 @@ enum Flow {
     Disabled(Vec<Answer<()>>),
     /// Never again; when nothing is in flight the ring is gone.
     Stopping(Answer<u16>),
-    /// Never again, by the driver's fault, until the ring is started again.
-    Broken,
+    /// Never again, by the driver's fault, until the ring is started again; those wait for nothing to be in flight.
+    Broken(Vec<Answer<()>>),
+}
+
+impl<B> Running<B> {
+    /// Whether no more may be in flight. A driver cannot have more chains out than descriptors: one that claims to waits.
+    fn is_full(&self) -> bool {
+        self.in_flight >= usize::from(self.ring.size()) || self.ledger.bytes_in_flight.get() >= MAX_BYTES_IN_FLIGHT
+    }
 }
 
 impl<E: Environment, B> Queue<E, B> {
@@ -133,7 +155,8 @@ impl<E: Environment, B> Queue<E, B> {
             Command::Stop { answer } => running.flow = Flow::Stopping(answer),
             Command::Abandon { answer } => {
                 let next_avail = running.ring.next_avail();
-                warn!(device = self.device.name(), queue = self.index, in_flight = running.in_flight, "ring abandoned");
+                let (device, queue) = (self.device.name(), self.index);
+                warn!(event = "ring_abandoned", device, queue, in_flight = running.in_flight, "what is in flight is not given back");
                 self.state = State::Stopped { next_avail };
                 tell(&answer, next_avail);
             }
@@ -144,12 +167,20 @@ impl<E: Environment, B> Queue<E, B> {
             }
             Command::Disable { answer } => match &mut running.flow {
                 Flow::Enabled => running.flow = Flow::Disabled(vec![answer]),
-                Flow::Disabled(waiting) => waiting.push(answer),
-                // Nothing more is taken anyway; what is in flight of a broken ring is not worth waiting for.
-                Flow::Stopping(_) | Flow::Broken => tell(&answer, ()),
+                Flow::Disabled(waiting) | Flow::Broken(waiting) => waiting.push(answer),
+                // Whoever has asked for the stop has given up waiting for it.
+                Flow::Stopping(_) => {}
             },
-            Command::Kick(kick) => running._bell = doorbells.watch(kick),
-            Command::Call(call) => running.call = call,
+            Command::Kick(kick) => running._bell = doorbells.watch(kick.into()),
+            Command::Call(call) => {
+                // What was given back while there was none is made up for. One call too many is harmless.
+                if running.call.is_none()
+                    && let Some(call) = &call
+                {
+                    call.raise();
+                }
+                running.call = call;
+            }
             Command::Error(error) => running.error = error,
             Command::Memory { memory, answer } => {
                 let before = std::mem::replace(&mut running.memory_in_use, Rc::new(()));
@@ -169,7 +200,8 @@ impl<E: Environment, B> Queue<E, B> {
             Err(error) => return tell(answer, Err(error)),
         };
         if ring.next_avail() != base {
-            debug!(device = self.device.name(), queue = self.index, base, resumed_at = ring.next_avail(), "front-end's base is not used");
+            let (device, queue) = (self.device.name(), self.index);
+            debug!(event = "ring_base", device, queue, base, resumed_at = ring.next_avail(), "front-end's base is not used");
         }
         if ring.next_used() != 0
             && let Some(call) = &call
@@ -179,12 +211,12 @@ impl<E: Environment, B> Queue<E, B> {
         }
         self.state = State::Running(Box::new(Running {
             ring,
-            _bell: doorbells.watch(kick),
+            _bell: doorbells.watch(kick.into()),
             call,
             error,
             flow: if enabled { Flow::Enabled } else { Flow::Disabled(Vec::new()) },
             in_flight: 0,
-            ended: Rc::default(),
+            ledger: Rc::default(),
             memory_in_use: Rc::new(()),
             memories_before: Vec::new(),
             has_complained: false,
@@ -205,29 +237,34 @@ impl<E: Environment, B> Queue<E, B> {
         }
         let view = self.view.get_or_insert_with(|| Rc::new(Counted(self.device.stack().view())));
         let limits = self.device.limits();
-        // A driver cannot have more chains out than descriptors. One that claims to waits.
-        while running.in_flight < usize::from(running.ring.size()) {
+        for _ in 0..MAX_TAKEN_AT_ONCE {
+            if running.is_full() {
+                return;
+            }
             let chain = match running.ring.take() {
                 Ok(Some(chain)) => chain,
                 Ok(None) => return,
                 Err(broken) => return self.break_down(broken),
             };
+            let bytes = chain.bytes();
             running.in_flight += 1;
+            running.ledger.bytes_in_flight.update(|before| before + bytes);
             let parsed = Parsed::new(chain, limits);
             if let Err(refusal) = &parsed.request {
                 let (device, queue, head) = (self.device.name(), self.index, parsed.head);
                 if running.has_complained {
-                    debug!(device, queue, head, %refusal, "request refused");
+                    debug!(event = "request_refused", device, queue, head, cause = %refusal, "request makes no sense");
                 } else {
                     running.has_complained = true;
-                    warn!(device, queue, head, %refusal, "request refused; further ones of this queue are logged for debugging only");
+                    warn!(event = "request_refused", device, queue, head, cause = %refusal, "further ones of this queue go to the debug log");
                 }
             }
             let request = Task {
                 parsed,
                 device: Rc::clone(&self.device),
                 view: Rc::clone(view),
-                ended: Rc::clone(&running.ended),
+                bytes,
+                ledger: Rc::clone(&running.ledger),
                 memory_in_use: Rc::clone(&running.memory_in_use),
             };
             executor.spawn(request.run());
@@ -237,7 +274,7 @@ impl<E: Environment, B> Queue<E, B> {
     /// Gives back what has ended, and answers those who have waited for it.
     pub(super) fn give_back(&mut self) {
         let State::Running(running) = &mut self.state else { return };
-        std::mem::swap(&mut self.batch, &mut running.ended.borrow_mut());
+        std::mem::swap(&mut self.batch, &mut running.ledger.ended.borrow_mut());
         if !self.batch.is_empty() {
             running.in_flight -= self.batch.len();
             let wanted = running.ring.publish(&self.batch);
@@ -257,8 +294,8 @@ impl<E: Environment, B> Queue<E, B> {
             return;
         }
         match &mut running.flow {
-            Flow::Enabled | Flow::Broken => {}
-            Flow::Disabled(waiting) => waiting.drain(..).for_each(|answer| tell(&answer, ())),
+            Flow::Enabled => {}
+            Flow::Disabled(waiting) | Flow::Broken(waiting) => waiting.drain(..).for_each(|answer| tell(&answer, ())),
             Flow::Stopping(answer) => {
                 let next_avail = running.ring.next_avail();
                 tell(answer, next_avail);
@@ -271,7 +308,7 @@ impl<E: Environment, B> Queue<E, B> {
     pub(super) fn ask_for_kick(&mut self) -> bool {
         let State::Running(running) = &mut self.state else { return false };
         // A ring that may not be taken from needs no kicks; a full one goes on when something has ended.
-        if !matches!(running.flow, Flow::Enabled) || running.in_flight >= usize::from(running.ring.size()) {
+        if !matches!(running.flow, Flow::Enabled) || running.is_full() {
             return false;
         }
         match running.ring.ask_for_kick() {
@@ -285,14 +322,17 @@ impl<E: Environment, B> Queue<E, B> {
 
     fn break_down(&mut self, cause: Broken) {
         let State::Running(running) = &mut self.state else { return };
-        warn!(device = self.device.name(), queue = self.index, %cause, "ring broken by the driver, stopped until it is set up again");
+        let (device, queue) = (self.device.name(), self.index);
+        warn!(event = "ring_broken", device, queue, %cause, "nothing is taken until the front-end sets the ring up again");
         if let Some(error) = &running.error {
             error.raise();
         }
-        // A stop that was under way still gets its answer.
-        if !matches!(running.flow, Flow::Stopping(_)) {
-            running.flow = Flow::Broken;
-        }
+        running.flow = match std::mem::replace(&mut running.flow, Flow::Enabled) {
+            Flow::Enabled => Flow::Broken(Vec::new()),
+            Flow::Disabled(waiting) | Flow::Broken(waiting) => Flow::Broken(waiting),
+            // It still gets its answer.
+            Flow::Stopping(answer) => Flow::Stopping(answer),
+        };
     }
 }
 
@@ -307,13 +347,14 @@ struct Task<E: Environment> {
     parsed: Parsed,
     device: Rc<Counted<Device<E>>>,
     view: Rc<Counted<View<E>>>,
-    ended: Rc<RefCell<Vec<Used>>>,
+    bytes: u64,
+    ledger: Rc<Ledger>,
     memory_in_use: Rc<()>,
 }
 
 impl<E: Environment> Task<E> {
     async fn run(self) {
-        let Self { parsed, device, view, ended, memory_in_use } = self;
+        let Self { parsed, device, view, bytes, ledger, memory_in_use } = self;
         let (head, data_bytes) = (parsed.head, parsed.data_bytes());
         let (status, filled) = match parsed.request {
             Ok(request) => match request.serve(&view, device.serial(), device.cache()).await {
@@ -334,7 +375,8 @@ impl<E: Environment> Task<E> {
             }
             None => 0,
         };
-        ended.borrow_mut().push(Used { head, written });
+        ledger.ended.borrow_mut().push(Used { head, written });
+        ledger.bytes_in_flight.update(|before| before - bytes);
         drop(memory_in_use);
     }
 }

@@ -80,8 +80,8 @@ fn run<E: Environment>(reactor: &Reactor, mut worker: Worker<E, Reactor>) {
     }));
     match outcome {
         Ok(Ok(())) => return,
-        Ok(Err(error)) => error!(%error, "queue thread cannot use its ring"),
-        Err(_) => error!("queue thread panicked"),
+        Ok(Err(error)) => error!(event = "worker_failed", cause = %error, "queue thread cannot use its io_uring"),
+        Err(_) => error!(event = "worker_failed", "queue thread panicked"),
     }
     std::process::abort();
 }
