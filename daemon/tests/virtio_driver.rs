@@ -7,7 +7,7 @@ mod common;
 
 use std::os::fd::AsRawFd;
 
-use common::{Served, SharedMemory, options};
+use common::{Host, Served, SharedMemory, options, seed};
 use rustix::event::{PollFd, PollFlags, poll};
 use snapfence_image_format::storage::Chance;
 use virtio_driver::{
@@ -46,19 +46,12 @@ struct Operation {
 }
 
 fn connect(served: &Served, features: u64) -> Box<VirtioBlkTransport> {
-    let path = served.socket();
-    let path = path.to_str().expect("a path of plain characters");
+    let path = served.socket.to_str().expect("a path of plain characters");
     Box::new(VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path, features).expect("a handshake"))
 }
 
 fn all_features() -> u64 {
     VirtioFeatureFlags::VERSION_1.bits() | VirtioFeatureFlags::RING_EVENT_IDX.bits() | VirtioBlkFeatureFlags::all().bits()
-}
-
-fn seed() -> u64 {
-    let seed = std::env::var("SNAPFENCE_SEED").map_or_else(|_| std::process::id().into(), |seed| seed.parse().expect("a number"));
-    eprintln!("SNAPFENCE_SEED={seed}");
-    seed
 }
 
 /// The data buffer of one slot.
@@ -85,7 +78,8 @@ fn check(bytes: &[u8], expected: Content, block: usize) {
 fn random_operations(threads: usize, features: u64, operations: usize) {
     let mut chance = Chance::new(seed());
     let blocks = 4096;
-    let served = Served::new(options(QUEUES as u16), (blocks * BLOCK) as u64, threads);
+    let host = Host::new(threads);
+    let served = host.serve_raw(options(QUEUES as u16), (blocks * BLOCK) as u64);
     let mut transport = connect(&served, features);
     let mut queues = VirtioBlkQueue::<Operation>::setup_queues(&mut *transport, QUEUES, 128).expect("queues");
     let memory = SharedMemory::new(QUEUES * DEPTH * MOST_BLOCKS * BLOCK);
@@ -174,7 +168,7 @@ fn random_operations(threads: usize, features: u64, operations: usize) {
             }
         }
     }
-    let image = common::read_image(&served.image());
+    let image = common::read_image(&served.close());
     for (block, bytes) in image.chunks_exact(BLOCK).enumerate() {
         check(bytes, model[block], block);
     }

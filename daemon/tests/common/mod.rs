@@ -1,14 +1,21 @@
-//! A device over a raw image in a temporary directory, served by the daemon's own parts in this process.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+//! Devices served by the daemon's own parts in this process, over real sockets, and front-ends that connect to them.
+#![allow(dead_code, unused_imports, reason = "each test file uses a part of it")]
 
+#[path = "../../src/vring/driver.rs"]
+pub(crate) mod driver;
+pub(crate) mod machine;
+
+use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
 use snapfence_image_format::layer::Layer;
-use snapfence_image_format::raw::Raw;
+use snapfence_image_format::qcow2::{CreateOptions, OpenOptions, Qcow2};
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
 use snapfence_image_format::storage::{Access, CacheMode, Environment, Location};
@@ -18,53 +25,104 @@ use snapfenced::worker::WorkerThread;
 use tempfile::TempDir;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
-/// A device that can be connected to.
-pub(crate) struct Served {
-    pub(crate) device: Arc<Device<UringEnvironment>>,
-    pub(crate) events: Receiver<ConnectionEvent>,
-    // In the order in which they must go.
-    pub(crate) server: Option<Server>,
-    threads: Vec<WorkerThread<UringEnvironment>>,
-    directory: TempDir,
+use snapfenced::vring::{GuestMemory, Ring, RingFeatures, RingLayout, Used};
+
+/// When something that must happen has not happened, and never will.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The seed of a random test, from `SNAPFENCE_SEED` if that is set. Printed, to be used again.
+pub(crate) fn seed() -> u64 {
+    let seed = std::env::var("SNAPFENCE_SEED").map_or_else(|_| std::process::id().into(), |seed| seed.parse().expect("a number"));
+    eprintln!("SNAPFENCE_SEED={seed}");
+    seed
+}
+
+/// Runs the future to its end on a ring of its own, as the control thread does.
+pub(crate) fn block_on<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
+    Reactor::new(8).expect("io_uring").block_on(future).expect("a ring that works")
 }
 
 pub(crate) fn options(queues: u16) -> DeviceOptions {
     DeviceOptions { name: "vda".into(), serial: "serial-of-vda".into(), read_only: false, queues, queue_size: 256 }
 }
 
-impl Served {
-    /// A device of `bytes` zeros whose queues share `threads` threads.
-    pub(crate) fn new(options: DeviceOptions, bytes: u64, threads: usize) -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
-        let image = directory.path().join("image.raw");
-        std::fs::File::create(&image).and_then(|file| file.set_len(bytes)).expect("an image");
-        let writable = !options.read_only;
-        let access = if writable { Access::Write } else { Access::Read };
-        let file = Reactor::new(8)
-            .expect("io_uring")
-            .block_on(async move { UringEnvironment.open(&Location::Trusted(image), access, CacheMode::Direct).await })
-            .expect("a ring that works")
-            .expect("a file that opens");
-        let raw = Raw::open(file, writable).expect("a raw image");
+/// Queue threads and a directory.
+pub(crate) struct Host {
+    pub(crate) domain: Arc<FenceDomain>,
+    // Ends before the directory goes.
+    threads: Vec<WorkerThread<UringEnvironment>>,
+    directory: TempDir,
+}
+
+impl Host {
+    pub(crate) fn new(threads: usize) -> Self {
         let domain = FenceDomain::new(|| UringEnvironment.now());
-        let stack = Stack::new(UringEnvironment, &domain, vec![Arc::new(Layer::Raw(raw))], !writable);
-        let device = Device::new(options, stack).expect("good options");
-        let threads: Vec<_> =
-            (0..threads).map(|index| WorkerThread::spawn(format!("queue {index}"), 128, &domain).expect("a thread")).collect();
-        let mut served = {
-            let (_, events) = channel();
-            Self { device, events, server: None, threads, directory }
-        };
-        served.listen();
-        served
+        let threads = (0..threads).map(|index| WorkerThread::spawn(format!("queue {index}"), 128, &domain).expect("a thread")).collect();
+        Self { domain, threads, directory: tempfile::tempdir().expect("a directory") }
     }
 
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A device of `bytes` zeros in a new raw image.
+    pub(crate) fn serve_raw(&self, options: DeviceOptions, bytes: u64) -> Served {
+        let image = self.path(&format!("{}.raw", options.name));
+        std::fs::File::create(&image).and_then(|file| file.set_len(bytes)).expect("an image");
+        self.serve(options, image, Format::Raw)
+    }
+
+    /// A device of `bytes` zeros in a new qcow2 image of 64 KiB clusters.
+    pub(crate) fn serve_qcow2(&self, options: DeviceOptions, bytes: u64) -> Served {
+        let image = self.path(&format!("{}.qcow2", options.name));
+        make_qcow2(&image, CreateOptions::standalone(bytes));
+        self.serve(options, image, Format::Qcow2)
+    }
+
+    /// A device over an image that exists.
+    pub(crate) fn serve(&self, options: DeviceOptions, image: PathBuf, format: Format) -> Served {
+        let writable = !options.read_only;
+        let allowed = AllowedDirectories::new([self.directory.path().to_owned()]);
+        let location = Location::Trusted(image.clone());
+        let layers = block_on(async move {
+            let options = ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected };
+            open_chain(&UringEnvironment, &location, format, options).await.expect("an image that opens")
+        });
+        let layers = layers.into_iter().map(|layer| layer.layer).collect();
+        let stack = Stack::new(UringEnvironment, &self.domain, layers, !writable);
+        let socket = self.path(&format!("{}.sock", options.name));
+        let device = Device::new(options, stack).expect("good options");
+        let mut served = Served { device, events: channel().1, server: None, socket, image };
+        served.listen(self);
+        served
+    }
+}
+
+/// Writes an empty image.
+pub(crate) fn make_qcow2(path: &Path, options: CreateOptions) {
+    let location = Location::Trusted(path.to_owned());
+    block_on(async move {
+        let file = UringEnvironment.open(&location, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+        Qcow2::<UringEnvironment>::create(&file, &options).await.expect("an image");
+    });
+}
+
+/// A device that can be connected to.
+pub(crate) struct Served {
+    pub(crate) device: Arc<Device<UringEnvironment>>,
+    pub(crate) events: Receiver<ConnectionEvent>,
+    pub(crate) server: Option<Server>,
+    pub(crate) socket: PathBuf,
+    pub(crate) image: PathBuf,
+}
+
+impl Served {
     /// Starts to listen, also again.
-    pub(crate) fn listen(&mut self) {
+    pub(crate) fn listen(&mut self, host: &Host) {
         let (sender, events) = channel();
         self.events = events;
-        let listening = Listening::bind(&self.socket(), SOCKET_MODE).expect("a socket");
-        let workers = self.threads.iter().map(|thread| thread.handle().clone()).collect();
+        let listening = Listening::bind(&self.socket, SOCKET_MODE).expect("a socket");
+        let workers = host.threads.iter().map(|thread| thread.handle().clone()).collect();
         // A test that has ended listens no more.
         let report = move |event| {
             let _ = sender.send(event);
@@ -72,20 +130,18 @@ impl Served {
         self.server = Some(Server::start(Arc::clone(&self.device), listening, workers, report).expect("a server"));
     }
 
-    pub(crate) fn socket(&self) -> PathBuf {
-        self.directory.path().join("socket")
+    /// Waits for the front-end to come or go.
+    pub(crate) fn await_event(&self, expected: ConnectionEvent) {
+        assert_eq!(self.events.recv_timeout(PATIENCE), Ok(expected));
     }
 
-    pub(crate) fn image(&self) -> PathBuf {
-        self.directory.path().join("image.raw")
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
+    /// Ends the connection and brings the image to rest.
+    pub(crate) fn close(mut self) -> PathBuf {
         self.server = None;
-        assert!(!self.socket().exists(), "the socket goes with the server");
-        self.threads.clear();
+        assert!(!self.socket.exists(), "the socket goes with the server");
+        let stack = Arc::clone(self.device.stack());
+        block_on(async move { stack.close().await }).expect("a stack that can be closed");
+        self.image.clone()
     }
 }
 
@@ -93,22 +149,28 @@ impl Drop for Served {
 pub(crate) struct SharedMemory {
     pub(crate) file: OwnedFd,
     pub(crate) mmap: Arc<GuestMemoryMmap>,
+    pub(crate) start: u64,
     pub(crate) len: usize,
 }
 
 impl SharedMemory {
     pub(crate) fn new(len: usize) -> Self {
+        Self::at(0, len)
+    }
+
+    /// At this guest address.
+    pub(crate) fn at(start: u64, len: usize) -> Self {
         let file = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd");
         rustix::fs::ftruncate(&file, len as u64).expect("a length");
         let offset = FileOffset::new(file.try_clone().expect("a descriptor").into(), 0);
-        let mmap = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), len, Some(offset))]).expect("a mapping");
-        Self { file, mmap: Arc::new(mmap), len }
+        let mmap = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(start), len, Some(offset))]).expect("a mapping");
+        Self { file, mmap: Arc::new(mmap), start, len }
     }
 
     /// Where it is in this process.
     pub(crate) fn base(&self) -> *mut u8 {
         use vm_memory::GuestMemoryBackend;
-        self.mmap.get_host_address(GuestAddress(0)).expect("it starts at 0")
+        self.mmap.get_host_address(GuestAddress(self.start)).expect("it starts there")
     }
 }
 
