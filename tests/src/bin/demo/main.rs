@@ -49,12 +49,20 @@ pub(crate) struct Taken {
     pub(crate) snapshot: Snapshot,
     pub(crate) before: Vec<u64>,
     pub(crate) after: Vec<u64>,
-    /// Since the first progress report of the guest.
+    /// When it was asked for and when it was done, since the guest began to write, by the guest's clock.
+    pub(crate) asked: Duration,
     pub(crate) at: Duration,
     /// The guest's slowest request around the time it was taken, as the guest measured it.
     pub(crate) slowest_us: u64,
     /// Of each frozen layer, right after it was reported frozen.
     pub(crate) stamps: Vec<verify::Stamp>,
+}
+
+impl Taken {
+    /// Microseconds from the first to the last queue that wrote to the overlays.
+    pub(crate) fn switch_us(&self) -> u64 {
+        self.snapshot.devices.iter().map(|device| device.switch_us).max().unwrap_or(0)
+    }
 }
 
 fn main() -> ExitCode {
@@ -152,8 +160,13 @@ fn act(arguments: &Arguments, images: &Path, run: &Path) -> Result<()> {
         println!("  {verdict}");
     }
     let stalls: Vec<u64> = taken.iter().map(|taken| taken.snapshot.stall_us()).collect();
-    let (median, longest) = (median(&stalls), stalls.iter().max().copied().unwrap_or(0));
-    println!("\n  stall per snapshot: median {:.2} ms, longest {:.2} ms", ms(median), ms(longest));
+    let (middle, longest) = (median(&stalls), stalls.iter().max().copied().unwrap_or(0));
+    println!("\n  stall per snapshot: median {middle} µs, longest {longest} µs");
+    let (with, without) = with_and_without(&taken, &history);
+    println!(
+        "  slowest request per {} ms as the guest saw it: median {with:.1} ms with a snapshot, {without:.1} ms without",
+        REPORT_EVERY.as_millis()
+    );
     println!("  plot: {}", plot.display());
     if verdicts.iter().any(|verdict| !verdict.held()) {
         bail!("not everything held, see above");
@@ -180,9 +193,9 @@ fn snapshots(arguments: &Arguments, backend: &mut Backend, guest: &Guest, names:
         let slowest_us = meanwhile.max().unwrap_or(0).max(after.slowest_us);
         let freeze_us = snapshot.devices.iter().map(|device| device.freeze_us).max().unwrap_or(0);
         println!(
-            "  {:5.1} s  {name}  stall {:7.2} ms  frozen after {:7.2} ms  guest: counters {:>5}, {:>6} writes, slowest request {:6.1} ms",
+            "  {:5.1} s  {name}  stall {:>5} µs  frozen after {:6.1} ms  guest: counters {:>5}, {:>6} writes, slowest request {:6.1} ms",
             begun.elapsed().as_secs_f64(),
-            ms(snapshot.stall_us()),
+            snapshot.stall_us(),
             ms(freeze_us),
             after.counters.iter().min().copied().unwrap_or(0),
             after.writes,
@@ -191,6 +204,7 @@ fn snapshots(arguments: &Arguments, backend: &mut Backend, guest: &Guest, names:
         taken.push(Taken {
             snapshot,
             before: before.counters,
+            asked: Duration::from_millis(before.elapsed_ms),
             at: Duration::from_millis(after.elapsed_ms),
             slowest_us,
             after: after.counters,
@@ -200,6 +214,23 @@ fn snapshots(arguments: &Arguments, backend: &mut Backend, guest: &Guest, names:
     std::thread::sleep(Duration::from_millis(arguments.pause_ms));
     history.extend(guest.reports());
     Ok((taken, history))
+}
+
+/// The guest's own view: medians of the slowest request of each interval between two of its reports, in milliseconds, for the intervals in which
+/// a snapshot was under way and for the others.
+fn with_and_without(taken: &[Taken], history: &[Progress]) -> (f64, f64) {
+    let (mut with, mut without, mut begun) = (Vec::new(), Vec::new(), Duration::ZERO);
+    for report in history {
+        let ended = Duration::from_millis(report.elapsed_ms);
+        let meanwhile = |taken: &Taken| taken.asked <= ended && begun <= taken.at;
+        if taken.iter().any(meanwhile) {
+            with.push(report.slowest_us)
+        } else {
+            without.push(report.slowest_us)
+        }
+        begun = ended;
+    }
+    (ms(median(&with)), ms(median(&without)))
 }
 
 /// Prints the stacks as trees, the middle of deep ones left out.

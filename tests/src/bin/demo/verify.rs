@@ -201,20 +201,19 @@ pub(crate) fn images(folder: &Path) -> Result<Verdict> {
 
 /// Prints one line for each snapshot.
 pub(crate) fn print_table(taken: &[Taken], rows: &[Row]) {
-    println!("\n  snapshot   stall ms  switch ms  frozen ms  guest's slowest ms  counters  caught  file systems");
+    println!("\n  snapshot   stall µs  switch µs  frozen ms  guest's slowest ms  counters  caught  file systems");
     for (taken, row) in taken.iter().zip(rows) {
         let devices = &taken.snapshot.devices;
-        let switch_us = devices.iter().map(|device| device.switch_us).max().unwrap_or(0);
         let freeze_us = devices.iter().map(|device| device.freeze_us).max().unwrap_or(0);
         let (counter, caught) = match &row.cut {
             Some(cut) => (cut.complete().iter().sum::<u64>().to_string(), cut.caught_between().to_string()),
             None => ("WRONG".to_owned(), "-".to_owned()),
         };
         println!(
-            "  {:10} {:8.2}  {:9.2}  {:9.2}  {:18.1}  {:>8}  {:>6}  {}/{} clean",
+            "  {:10} {:8}  {:9}  {:9.2}  {:18.1}  {:>8}  {:>6}  {}/{} clean",
             taken.snapshot.name,
-            ms(taken.snapshot.stall_us()),
-            ms(switch_us),
+            taken.snapshot.stall_us(),
+            taken.switch_us(),
             ms(freeze_us),
             ms(taken.slowest_us),
             counter,
