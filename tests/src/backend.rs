@@ -127,8 +127,23 @@ impl Backend {
     ///
     /// If it does not come up; the error holds what it printed.
     pub fn launch(kind: Kind, folder: &Path, devices: &[Device]) -> Result<Self> {
+        Self::launch_with_backing_in(&[], kind, folder, devices)
+    }
+
+    /// As [`Backend::launch`], for images whose backing files lie in other folders than they do.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come up; the error holds what it printed.
+    pub fn launch_with_backing_in(allowed: &[&Path], kind: Kind, folder: &Path, devices: &[Device]) -> Result<Self> {
         let control = folder.join("control.sock");
-        let mut process = Process::spawn(command(kind, folder, &control, devices)?, &folder.join("backend.log"))?;
+        let mut command = command(kind, folder, &control, devices)?;
+        if kind == Kind::Snapfenced {
+            for folder in allowed {
+                command.arg("--allow-dir").arg(folder);
+            }
+        }
+        let mut process = Process::spawn(command, &folder.join("backend.log"))?;
         let driver = match kind {
             Kind::Snapfenced => {
                 process.wait_until("line with `ready`", START_DEADLINE, |process| process.output().contains("ready"))?;

@@ -313,6 +313,15 @@ impl Guest {
     /// If it does not.
     pub fn power_off(self) -> Result<()> {
         self.connection.send(Command::PowerOff)?;
+        self.wait_gone()
+    }
+
+    /// Waits for QEMU to end, whoever has told it to.
+    ///
+    /// # Errors
+    ///
+    /// If it does not, or not with status 0.
+    pub fn wait_gone(self) -> Result<()> {
         let status = lock(&self.process).wait(POWER_OFF_DEADLINE).map_err(|error| self.with_console(error))?;
         if !status.success() {
             bail!("QEMU ended with {status}: {}", lock(&self.process).output());

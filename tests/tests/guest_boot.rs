@@ -1,11 +1,9 @@
-//! The guest of the whole-system tests, with QEMU's own storage daemon behind its disks: boots, writes, is snapshotted, reboots and powers off.
-//!
-//! What fails here is the harness, so that a failure elsewhere is snapfenced's.
+//! A guest boots, writes ordered counters to its disks, is snapshotted as one group, reboots and powers off; and it boots from its disk.
 
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use snapfence_tests::backend::{Backend, Device, Kind};
 use snapfence_tests::counters::{self, Layout};
 use snapfence_tests::guest::{Config, Counters, Disk, Guest, Region, root_image};
@@ -36,7 +34,7 @@ fn disks(devices: &[Device]) -> Vec<Disk> {
 fn guest_writes_ordered_counters_through_snapshots_and_reboots() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let devices = qcow2_devices(folder.path(), 3)?;
-    let mut backend = Backend::launch(Kind::QemuStorageDaemon, folder.path(), &devices)?;
+    let mut backend = Backend::launch(Kind::Snapfenced, folder.path(), &devices)?;
     let guest = Guest::boot(&Config { disks: disks(&devices), ..Config::default() }, folder.path())?;
     println!("booted with {} in {:?}", guest.accelerator().name(), guest.ready().uptime);
 
@@ -67,7 +65,7 @@ fn guest_writes_ordered_counters_through_snapshots_and_reboots() -> Result<()> {
     // One after the other instead of as a group: the oracle must see that.
     let mut regions = Vec::new();
     for name in &names {
-        let snapshot = backend.snapshot("single", &[name])?;
+        let snapshot = backend.snapshot(&format!("single-{name}"), &[name])?;
         std::thread::sleep(Duration::from_millis(200));
         regions.push(tools::read_range(&snapshot.devices[0].frozen_layer, "qcow2", COUNTERS_AT, LAYOUT.region_bytes())?);
     }
@@ -98,9 +96,15 @@ fn guest_writes_ordered_counters_through_snapshots_and_reboots() -> Result<()> {
 fn guest_boots_from_its_disk() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let image = folder.path().join("root.qcow2");
-    tools::create_overlay(&image, &root_image()?, "raw")?;
+    let base = root_image()?;
+    tools::create_overlay(&image, &base, "raw")?;
     let device = Device { name: "vda".to_owned(), image, format: "qcow2".to_owned(), socket: folder.path().join("vda.sock"), queues: 2 };
-    let backend = Backend::launch(Kind::QemuStorageDaemon, folder.path(), std::slice::from_ref(&device))?;
+    let refused =
+        Backend::launch(Kind::Snapfenced, folder.path(), std::slice::from_ref(&device)).expect_err("its backing file is elsewhere");
+    let refused = refused.to_string();
+    ensure!(refused.contains("vda") && refused.contains("root.raw") && refused.contains("--allow-dir"), "no help in: {refused}");
+    let allowed = [base.parent().context("a file is in a folder")?];
+    let backend = Backend::launch_with_backing_in(&allowed, Kind::Snapfenced, folder.path(), std::slice::from_ref(&device))?;
     let config = Config { disks: disks(&[device]), root: Some("/dev/vda".to_owned()), ..Config::default() };
     let guest = Guest::boot(&config, folder.path())?;
     println!("booted with {} in {:?}", guest.accelerator().name(), guest.ready().uptime);

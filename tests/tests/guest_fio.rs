@@ -105,6 +105,6 @@ fn scenario(kind: Kind) -> Result<()> {
 }
 
 #[test]
-fn fio_verifies_through_snapshots_of_qemu_storage_daemon_and_a_new_guest() -> Result<()> {
-    scenario(Kind::QemuStorageDaemon)
+fn fio_verifies_through_snapshots_and_a_new_guest() -> Result<()> {
+    scenario(Kind::Snapfenced)
 }

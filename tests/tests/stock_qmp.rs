@@ -44,3 +44,8 @@ fn scenario(kind: Kind) -> Result<()> {
 fn stock_client_snapshots_two_disks_of_qemu_storage_daemon() -> Result<()> {
     scenario(Kind::QemuStorageDaemon)
 }
+
+#[test]
+fn stock_client_snapshots_two_disks_of_snapfenced() -> Result<()> {
+    scenario(Kind::Snapfenced)
+}
