@@ -19,6 +19,8 @@ pub enum Structure {
     RefcountBlock,
     /// The list of internal snapshots.
     SnapshotTable,
+    /// Directory, tables and bits of persistent bitmaps.
+    Bitmaps,
     /// Guest data.
     Data,
     /// A compressed cluster.
@@ -36,6 +38,7 @@ impl std::fmt::Display for Structure {
             Self::RefcountTable => "refcount table",
             Self::RefcountBlock => "refcount block",
             Self::SnapshotTable => "snapshot table",
+            Self::Bitmaps => "bitmaps",
             Self::Data => "data",
             Self::CompressedCluster => "compressed cluster",
             Self::File => "file",

@@ -7,14 +7,16 @@ use super::geometry::{Geometry, HOST_LIMIT};
 
 /// Refcount exactly one: the cluster may be written in place.
 pub(super) const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+/// The entry is of a compressed cluster.
+pub(super) const COMPRESSED: u64 = 1 << 62;
+/// The cluster reads as zeros; not with extended L2 entries.
+pub(super) const ZERO: u64 = 1;
 /// Bits 9 to 55 of a table entry: a position in the file.
 pub(super) const OFFSET_MASK: u64 = (HOST_LIMIT - 1) & !0x1ff;
 /// Bits that must be clear in an L1 entry.
 pub(super) const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
 /// Bits that must be clear in the first word of an L2 entry for a standard cluster.
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// What an L2 entry says about one guest cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,16 +129,22 @@ impl EntryFormat {
         if word & COPIED != 0 {
             return Err("a compressed cluster claims to be writable in place");
         }
-        let offset_bits = 62 - (self.geometry.cluster_bits() - 8);
-        let at = word & ((1 << offset_bits) - 1);
-        if at >= HOST_LIMIT {
+        let (at, len) = self.compressed_place(word);
+        if at.get() >= HOST_LIMIT {
             return Err("a compressed cluster lies beyond all positions");
         }
-        if at < 512 {
+        if at.get() < 512 {
             return Err("a compressed cluster lies in the header");
         }
+        Ok(CompressedExtent { at, len })
+    }
+
+    /// Position and length of a compressed cluster, whatever they are.
+    pub(super) fn compressed_place(&self, word: u64) -> (HostOffset, u64) {
+        let offset_bits = 62 - (self.geometry.cluster_bits() - 8);
+        let at = word & ((1 << offset_bits) - 1);
         let sectors = ((word & !(COPIED | COMPRESSED)) >> offset_bits) + 1;
-        Ok(CompressedExtent { at: HostOffset::new(at), len: sectors * 512 - (at & 511) })
+        (HostOffset::new(at), sectors * 512 - (at & 511))
     }
 
     /// The words of an entry for a standard cluster; the second is 0 without extended L2 entries.

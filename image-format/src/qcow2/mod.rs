@@ -2,6 +2,7 @@
 
 mod allocate;
 mod busy;
+mod check;
 mod compressed;
 mod create;
 mod entry;
@@ -31,6 +32,7 @@ use crate::extent::ExtentList;
 use crate::storage::Environment;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
+pub use check::{CheckError, CheckOptions, CheckReport, DEFAULT_MAX_FINDINGS, DEFAULT_MEMORY_LIMIT, Fault, Finding, Repair, check};
 pub use create::{CreateError, CreateOptions, Preallocate};
 pub use geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
 pub use header::{Backing, BitmapsExtension, Compression, Header, HeaderError, MAGIC, MAX_BACKING_NAME};
