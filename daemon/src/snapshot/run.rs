@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{Either, join_all, select};
+use futures_util::future::{Either, join, join_all, select};
 use snapfence::protocol::{Event, Failure, JobInfo, LayerState, Moment, SnapshotInfo, SnapshotState};
 use snapfence_image_format::stack::{FenceOutcome, View};
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
@@ -274,10 +274,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let state = if expired.is_some() { catalogue::SnapshotState::Failed } else { catalogue::SnapshotState::Switched };
         self.announce_switch(progress, &record, times, expired.as_ref());
         let (key, error) = (name.to_owned(), expired.as_ref().map(ToString::to_string));
-        let adopted = self.catalogue.run(move |store| store.adopt_overlays(&key, &times_of, state, error)).await;
-
-        // The old layers are beneath others now, whatever became of the snapshot: they are brought to rest in any case.
-        let frozen = join_all(switched.into_iter().map(|member| self.freeze_one(member, began))).await;
+        let adopting = self.catalogue.run(move |store| store.adopt_overlays(&key, &times_of, state, error));
+        // The old layers are beneath others now, whatever became of the snapshot: they are brought to rest in any case. At the same time, because
+        // requests may be waiting for the old views, and must not wait for the catalogue's disk.
+        let freezing = join_all(switched.into_iter().map(|member| self.freeze_one(member, began)));
+        let (adopted, frozen) = join(adopting, freezing).await;
         let hold_us = Some(microseconds(fence.times().longest_hold));
         let mut all_times = Vec::new();
         let mut failure = expired.or_else(|| adopted.err().map(RunError::from));

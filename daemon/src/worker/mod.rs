@@ -95,7 +95,7 @@ impl<E: Environment, D: Doorbells> Worker<E, D> {
         participant.begin_turn(|| queues.iter_mut().for_each(Queue::forget_view));
         self.obey();
         for queue in &mut self.queues {
-            queue.take(&self.executor);
+            queue.take(&self.executor, &self.participant);
         }
         self.executor.run_ready();
         for queue in &mut self.queues {

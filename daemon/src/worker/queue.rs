@@ -225,7 +225,7 @@ impl<E: Environment, B> Queue<E, B> {
     }
 
     /// Takes what the driver has made available, as far as it may be in flight, and makes a task of each chain.
-    pub(super) fn take(&mut self, executor: &Executor) {
+    pub(super) fn take(&mut self, executor: &Executor, participant: &Participant) {
         let State::Running(running) = &mut self.state else { return };
         if !matches!(running.flow, Flow::Enabled) {
             return;
@@ -234,6 +234,10 @@ impl<E: Environment, B> Queue<E, B> {
             Ok(0) => return,
             Ok(_) => running.ring.suppress_kicks(),
             Err(broken) => return self.break_down(broken),
+        }
+        // Only now, after the look at the ring: what is in there may follow from results in newer views than the turn began with.
+        if participant.is_stale() {
+            self.view = None;
         }
         let view = self.view.get_or_insert_with(|| Rc::new(Counted(self.device.stack().view())));
         let limits = self.device.limits();

@@ -23,6 +23,10 @@ impl MemoryFile {
     pub(super) fn from_bytes(bytes: Vec<u8>) -> Self {
         Self { bytes: Arc::new(Mutex::new(bytes)) }
     }
+
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        self.bytes.lock().expect("no panics").clone()
+    }
 }
 
 impl Storage for MemoryFile {
@@ -184,5 +188,9 @@ impl Scratch {
 
     pub(super) fn load(&self, name: &str) -> MemoryFile {
         MemoryFile::from_bytes(std::fs::read(self.path(name)).expect("the file exists"))
+    }
+
+    pub(super) fn store(&self, name: &str, file: &MemoryFile) {
+        std::fs::write(self.path(name), file.to_bytes()).expect("the folder is writable");
     }
 }

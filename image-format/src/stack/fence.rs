@@ -145,6 +145,13 @@ impl Participant {
         self.domain.release_passed();
     }
 
+    /// Whether views may have changed since the turn began. Ask after reading a ring's index and before taking what it shows: a thread that was
+    /// held up meanwhile may find requests there that follow from the results of requests in newer views (a fence that has
+    /// expired holds no results back), and those must not go to an older view.
+    pub fn is_stale(&self) -> bool {
+        self.domain.generation.load(SeqCst) != self.seen
+    }
+
     /// Call before sleeping, after dropping every view that the thread keeps for itself (those of requests under way stay): a kept one would
     /// delay the freezing of layers for as long as the thread sleeps. Until the next [`begin_turn`](Self::begin_turn) nothing may be taken
     /// from a ring.

@@ -154,42 +154,46 @@ impl<E: Environment> Stack<E> {
         self.present.swap(view)
     }
 
-    /// Ends when no request uses `view` any more, which must not be the present one; then freezes the layer that was its top: gives its
-    /// reserved space back, makes it durable, and ends writing to it. Layers freeze in order: call for older views first, or at once.
+    /// Ends when no request uses `view` any more, which must not be the present one; then freezes the layer that was its top, after all those
+    /// beneath that are not frozen yet: each gives its reserved space back, is made durable, and is not written to any more.
     ///
     /// # Errors
-    /// If the layer cannot be made durable. It stays unfrozen, and flushes go on covering it (and failing).
+    /// If a layer cannot be made durable. It stays unfrozen with all above it, and flushes go on covering it (and failing).
     pub async fn freeze_below(&self, view: Arc<View<E>>) -> Result<(), LayerError> {
         let number = view.top_number();
-        let layer = Arc::clone(view.top());
+        let layers = Arc::clone(&view.layers);
+        // It is waited for until nobody uses it.
         drop(view);
-        self.retirements.all_up_to(number).await;
-        layer.flush().await?;
-        // Clusters that were freed before the cut go back now: no request can be writing to them.
-        layer.release(layer.take_unmapped()).await?;
-        layer.freeze().await?;
-        self.unfrozen_from.fetch_max(number + 1, Ordering::AcqRel);
+        for number in self.unfrozen_from.load(Ordering::Acquire)..=number {
+            self.retirements.all_up_to(number).await;
+            self.freeze_layer(&layers, number).await?;
+        }
         Ok(())
     }
 
-    /// Ends writing for good: waits until no request uses the stack, gives reserved space back and makes everything durable. Whoever takes
-    /// requests must have stopped.
+    /// Ends writing for good: waits until no request uses the layers beneath the top, gives reserved space back and makes everything durable.
+    /// Whoever takes requests must have stopped.
     ///
     /// # Errors
-    /// If a layer cannot be made durable.
+    /// The first, if layers cannot be made durable. The others are brought to rest all the same.
     pub async fn close(&self) -> Result<(), LayerError> {
         let view = self.view();
-        let first = self.unfrozen_from.load(Ordering::Acquire);
-        for number in first..view.layers.len() {
-            let layer = &view.layers[number];
+        let mut outcome = Ok(());
+        for number in self.unfrozen_from.load(Ordering::Acquire)..view.layers.len() {
             if number < view.top_number() {
                 self.retirements.all_up_to(number).await;
             }
-            layer.flush().await?;
-            layer.release(layer.take_unmapped()).await?;
-            layer.freeze().await?;
+            outcome = outcome.and(self.freeze_layer(&view.layers, number).await);
         }
-        self.unfrozen_from.fetch_max(view.layers.len(), Ordering::AcqRel);
+        outcome
+    }
+
+    /// Brings one layer to rest, to which nobody writes any more.
+    async fn freeze_layer(&self, layers: &[Arc<Layer<E>>], number: usize) -> Result<(), LayerError> {
+        let layer = &layers[number];
+        layer.freeze().await?;
+        // Only in order: a flush covers the lowest layer that is not durable, whatever became of those above.
+        let _ = self.unfrozen_from.compare_exchange(number, number + 1, Ordering::AcqRel, Ordering::Relaxed);
         Ok(())
     }
 
