@@ -1,0 +1,11 @@
+//! qcow2 images written through a stack hold what was written, as QEMU's own tools see it.
+//!
+//! - `random`: random requests of one thread, over every layout, with and without a backing file.
+//! - `threads`: the same from several threads at once.
+//! - `shared`: clusters that internal snapshots share, and compressed ones.
+
+mod disk;
+mod random;
+mod shared;
+mod threads;
+mod tools;
