@@ -72,7 +72,7 @@ fn compressed_clusters_are_overwritten() {
         ("extended_l2=on,cluster_size=64k", 16),
     ] {
         let scratch = Scratch::new();
-        let bytes: Vec<u8> = (0..(2_u64 << 20) + 512).map(|at| if at >> 18 & 1 == 0 { (at * at >> 15) as u8 } else { 0 }).collect();
+        let bytes: Vec<u8> = (0..(2_u64 << 20) + 512).map(|at| if (at >> 18) & 1 == 0 { ((at * at) >> 15) as u8 } else { 0 }).collect();
         std::fs::write(scratch.path("a.raw"), &bytes).expect("the folder is writable");
         scratch.qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, "a.raw", "a.qcow2"]);
         let mut model = Model { bytes, chance: Chance::new(cluster_bits) };
