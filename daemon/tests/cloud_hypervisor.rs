@@ -263,33 +263,33 @@ fn memory_comes_and_goes_under_load() {
             second.submit(slot, IN, slot as u64 * 128, Data::In(SLOT_DATA));
         }
         second.kick();
-        let module = SharedMemory::at(end, 1 << 20);
+        let module = SharedMemory::at(end, 4 << 20);
+        let contents = || {
+            let mut bytes = vec![0; module.len];
+            module.mmap.read_slice(&mut bytes, GuestAddress(end)).expect("inside");
+            bytes
+        };
         link.add_memory(&module);
-        first.submit_at(0, IN, 0, Some(writable(end, 4096)));
-        first.submit_at(1, IN, 0, Some(writable(end + 8192 - 512, 1024)));
-        first.submit_at(2, IN, 0, Some(writable(end - 512, 1024)));
-        first.submit_at(3, OUT, 8192, Some(readable(end + 0x10000, 4096)));
-        // Some rounds take the memory away before it is used.
         if round % 2 == 0 {
+            first.submit_at(0, IN, 0, Some(writable(end, 4096)));
+            first.submit_at(1, IN, 0, Some(writable(end + 8192 - 512, 1024)));
+            first.submit_at(2, IN, 0, Some(writable(end - 512, 1024)));
+            first.submit_at(3, OUT, 8192, Some(readable(end + 0x10000, 4096)));
             first.kick();
             assert!(first.wait(4).iter().all(|done| done.status == 0));
-            let mut bytes = [0; 4096];
-            module.mmap.read_slice(&mut bytes, GuestAddress(end)).expect("inside");
-            assert_eq!(bytes, [3; 4096]);
+            assert_eq!(contents()[..4096], [3; 4096]);
         } else {
+            // Taken away while it is being used, and before.
+            for slot in 0..DEPTH {
+                first.submit_at(slot, IN, 0, Some(writable(end + (slot * SLOT_DATA) as u64, SLOT_DATA as u32)));
+            }
             first.kick();
             link.remove_memory(&module);
-            let before: Vec<u8> = {
-                let mut bytes = vec![0; module.len];
-                module.mmap.read_slice(&mut bytes, GuestAddress(end)).expect("inside");
-                bytes
-            };
-            for done in first.wait(4) {
+            let before = contents();
+            for done in first.wait(DEPTH) {
                 assert!(done.status <= 1, "either while it was there, or not: {done:?}");
             }
-            let mut after = vec![0; module.len];
-            module.mmap.read_slice(&mut after, GuestAddress(end)).expect("inside");
-            assert!(before == after, "memory that was taken away is written to");
+            assert!(before == contents(), "memory that was taken away is written to");
             link.add_memory(&module);
         }
         link.remove_memory(&module);

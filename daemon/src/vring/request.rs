@@ -101,6 +101,9 @@ pub enum Refusal {
     /// The chain itself is malformed.
     #[error("malformed chain: {0}")]
     Chain(#[from] ChainFault),
+    /// Nothing for the device to write, so nobody would learn what became of it.
+    #[error("no device-writable byte for the status")]
+    NoStatus,
     /// Less than a header to read.
     #[error("header of {0} bytes, needs {HEADER_BYTES}")]
     Header(usize),
@@ -164,6 +167,7 @@ impl Parsed {
         let status = (!writable.is_empty()).then(|| writable.slice(data_bytes..data_bytes + 1));
         let request = match fault {
             Some(fault) => Err(Refusal::Chain(fault)),
+            None if status.is_none() => Err(Refusal::NoStatus),
             None => parse(&readable, &writable, data_bytes, limits),
         };
         Self { head, request, status, data_bytes }
@@ -446,10 +450,10 @@ mod tests {
     }
 
     #[test]
-    fn chains_without_a_place_for_the_status_cannot_be_answered() {
-        let parsed = parsed(&header(TYPE_FLUSH, 0), &[], &[readable(DATA, 16)], LIMITS);
+    fn chains_without_a_place_for_the_status_are_refused() {
+        let parsed = parsed(&header(TYPE_OUT, 0), &[1; 512], &[readable(DATA, 16), readable(PAYLOAD, 512)], LIMITS);
         assert!(parsed.status.is_none());
-        assert!(matches!(parsed.request, Ok(Request::Flush)));
+        assert_eq!(parsed.request.expect_err("nobody would learn of it"), Refusal::NoStatus);
     }
 
     #[test]

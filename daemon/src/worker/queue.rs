@@ -260,7 +260,7 @@ impl<E: Environment, B> Queue<E, B> {
                     debug!(event = "request_refused", device, queue, head, cause = %refusal, "request makes no sense");
                 } else {
                     running.has_complained = true;
-                    warn!(event = "request_refused", device, queue, head, cause = %refusal, "further ones of this queue go to the debug log");
+                    warn!(event = "request_refused", device, queue, head, cause = %refusal, "request makes no sense; further ones of this queue go to the debug log");
                 }
             }
             let request = Task {
