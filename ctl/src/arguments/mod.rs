@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use snapfence::protocol::{DeviceAdd, SnapshotMember};
 
-pub(crate) use image::{Image, ImageCommand};
+pub(crate) use image::{Compat, CompressionType, CreateArguments, Image, ImageCommand, Preallocation, Repair, Size, Switch};
 
 /// Where the daemon listens if nothing else is said.
 const DEFAULT_CONTROL: &str = "/run/snapfence/control.sock";
@@ -213,6 +213,13 @@ mod tests {
             "job cancel j",
             "image info a.qcow2",
             "image info a.qcow2 --backing-chain --allow-dir /a --allow-dir /b",
+            "image create a.qcow2 1G",
+            "image create b.qcow2 -b a.qcow2 -F qcow2",
+            "image create b.qcow2 2T --backing-file a.qcow2 --backing-format raw --cluster-size 64k --extended-l2 on --refcount-bits 8",
+            "image create b.qcow2 1M --compat 0.10 --compression-type zlib --lazy-refcounts off --preallocation metadata",
+            "image create b.raw 1M -f raw",
+            "image check a.qcow2",
+            "image check a.qcow2 --repair leaks",
             "image map a.raw -f raw",
             "image map a.raw --format raw",
             "events",
@@ -250,6 +257,12 @@ mod tests {
             "stack show",
             "image info",
             "image info a -f vmdk",
+            "image create a",
+            "image create a 1X",
+            "image create a 1G -b base",
+            "image create a 1G -F raw",
+            "image create a 1G --compat 4",
+            "image check a --repair all",
             "jobs",
         ];
         for form in forms {

@@ -19,7 +19,7 @@ use crate::render;
 /// QEMU's `ImageInfo`, as far as a header tells it.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct ImageInfo {
+pub(super) struct ImageInfo {
     filename: PathBuf,
     format: &'static str,
     virtual_size: u64,
@@ -73,7 +73,7 @@ pub(super) fn run(session: &Session, image: Named, backing_chain: bool) -> Resul
 }
 
 /// The image, and with `whole_chain` those beneath, the top first.
-async fn collect(image: Named, whole_chain: bool) -> Result<Vec<ImageInfo>> {
+pub(super) async fn collect(image: Named, whole_chain: bool) -> Result<Vec<ImageInfo>> {
     let mut infos = Vec::new();
     let mut seen = HashSet::new();
     let mut next = Some((image.location(), image.format));
@@ -117,7 +117,7 @@ async fn collect(image: Named, whole_chain: bool) -> Result<Vec<ImageInfo>> {
     Ok(infos)
 }
 
-async fn open(location: &Location) -> Result<UringFile> {
+pub(super) async fn open(location: &Location) -> Result<UringFile> {
     // Through the page cache: what is read is little, and a device whose sectors are large needs no exception.
     let file = chain::open_file(&UringEnvironment, location, false, CacheMode::Buffered).await;
     file.with_context(|| location.path().display().to_string())
@@ -153,7 +153,7 @@ fn of_header(path: PathBuf, actual_size: u64, header: &Header) -> ImageInfo {
     }
 }
 
-fn text(infos: &[ImageInfo]) -> String {
+pub(super) fn text(infos: &[ImageInfo]) -> String {
     infos.iter().map(one).collect::<Vec<_>>().join("\n")
 }
 

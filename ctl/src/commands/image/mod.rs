@@ -1,5 +1,7 @@
 //! `snapfence image`
 
+mod check;
+mod create;
 mod info;
 mod map;
 
@@ -52,6 +54,8 @@ impl TryFrom<Image> for Named {
 
 pub(super) fn run(session: &Session, command: ImageCommand) -> Result<ExitCode> {
     match command {
+        ImageCommand::Create(arguments) => create::run(session, arguments)?,
+        ImageCommand::Check { image, repair } => return of(image, |image| check::run(session, image, repair)),
         ImageCommand::Info { image, backing_chain } => of(image, |image| info::run(session, image, backing_chain))?,
         ImageCommand::Map { image } => of(image, |image| map::run(session, image))?,
     }
