@@ -147,6 +147,16 @@ pub fn root_image() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The guest's kernel and initramfs.
+///
+/// # Errors
+///
+/// If they have not been built.
+pub fn boot_files() -> Result<(PathBuf, PathBuf)> {
+    let parts = artifacts()?;
+    Ok((parts.join("vmlinuz"), parts.join("initramfs")))
+}
+
 /// What the guest said when it came up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ready {
@@ -453,7 +463,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The QEMU command line.
 fn command(config: &Config, folder: &Path, accelerator: Accelerator) -> Result<Program> {
-    let parts = artifacts()?;
+    let (kernel, initramfs) = boot_files()?;
     let mut command = Program::new("qemu-system-x86_64");
     let mut option = |name: &str, value: String| {
         command.arg(name).arg(value);
@@ -467,8 +477,8 @@ fn command(config: &Config, folder: &Path, accelerator: Accelerator) -> Result<P
     option("-m", format!("{memory}M"));
     option("-object", format!("memory-backend-memfd,id=memory,size={memory}M,share=on"));
     option("-machine", "q35,memory-backend=memory".to_owned());
-    option("-kernel", path(&parts.join("vmlinuz"))?);
-    option("-initrd", path(&parts.join("initramfs"))?);
+    option("-kernel", path(&kernel)?);
+    option("-initrd", path(&initramfs)?);
     let root = config.root.as_ref().map(|disk| format!(" snapfence.root={disk}")).unwrap_or_default();
     option("-append", format!("{KERNEL_ARGUMENTS}{root}"));
     option("-chardev", format!("file,id=console,path={}", path(&folder.join("console.log"))?));
