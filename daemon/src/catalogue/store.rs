@@ -376,8 +376,9 @@ pub fn layers_beneath(store: &Store) -> Result<Vec<(LayerRecord, String)>, Catal
         beneath.extend(device.layers.into_iter().take(covered).map(|layer| (layer, format!("device `{}`", device.name))));
     }
     for snapshot in store.snapshots()? {
-        // An intent may be dropped, and a failed one may have happened: in both cases the device's record above tells.
-        if matches!(snapshot.state, SnapshotState::Switched | SnapshotState::Frozen) {
+        // A failed one may have happened or not: the device's record above tells. An intent that start-up could not settle may have happened
+        // as well, and no record tells.
+        if snapshot.state != SnapshotState::Failed {
             beneath.extend(snapshot.devices.into_iter().map(|member| (member.frozen, format!("snapshot `{}`", snapshot.name))));
         }
     }

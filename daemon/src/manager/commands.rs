@@ -196,6 +196,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         }
         let (members, node_names): (Vec<_>, Vec<_>) =
             named.into_iter().map(|named| ((named.member.clone()), (named.member.device, named.node_name))).unzip();
+        let given: Vec<_> = node_names.iter().filter_map(|(_, node)| node.as_deref()).collect();
+        if let Some(twice) = given.iter().enumerate().find_map(|(at, node)| given[..at].contains(node).then_some(node)) {
+            return Err(Failure::generic(format_args!("the node '{twice}' is named twice")));
+        }
         let mut number = microseconds(self.environment.wall_clock());
         for _ in 0..NAME_ATTEMPTS {
             let asked = Asked { name: format!("qmp-{number}"), members: members.clone(), deadline_ms: None };

@@ -86,6 +86,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             let _ = self.jobs.cancel(&job.id);
         }
         self.lines.wait_empty().await;
+        self.opened.wait_until(|| self.opening.borrow().is_empty().then_some(())).await;
         let devices = std::mem::take(&mut *self.devices.borrow_mut());
         let closed = join_all(devices.values().map(|device| async move { (device.name(), self.close_device(device).await) })).await;
         let failed: Vec<_> = closed.into_iter().filter(|(_, result)| result.is_err()).map(|(name, _)| name.to_owned()).collect();

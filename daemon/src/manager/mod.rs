@@ -20,6 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use snapfence::protocol::BlockdevAdd;
+use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::FenceDomain;
 use snapfence_image_format::storage::{Environment, FileIdentity};
 
@@ -31,6 +32,7 @@ pub use device::Device;
 pub(crate) use device::DeviceLayer;
 pub use host::{Export, ExportError, Host};
 pub use lifecycle::RemoveError;
+pub(crate) use open::Beneath;
 pub use open::{DeviceOpenCause, DeviceOpenError, GivenBy};
 pub use places::Places;
 
@@ -49,6 +51,8 @@ pub struct Manager<E: Environment, H: Host<E>> {
     devices: RefCell<BTreeMap<String, Rc<Device<E, H>>>>,
     /// Names and sockets of devices that are being opened.
     opening: RefCell<BTreeSet<Reserved>>,
+    /// Fewer are being opened.
+    opened: WaitQueue,
     /// Snapshots under way.
     pub(crate) snapshots: RefCell<BTreeMap<String, Rc<Progress>>>,
     /// What `blockdev-add` has named.
@@ -98,6 +102,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             working_directory: parts.working_directory,
             devices: RefCell::default(),
             opening: RefCell::default(),
+            opened: WaitQueue::new(),
             snapshots: RefCell::default(),
             nodes: RefCell::default(),
             unsettled: RefCell::default(),

@@ -130,7 +130,7 @@ impl From<DeviceOpenError> for Failure {
 
 /// Files that lie beneath others, by the catalogue and by the headers of open images.
 #[derive(Debug, Default)]
-struct Beneath(HashMap<FileIdentity, String>);
+pub(crate) struct Beneath(HashMap<FileIdentity, String>);
 
 impl Protection for Beneath {
     fn dependant(&self, file: FileIdentity) -> Option<String> {
@@ -150,6 +150,8 @@ impl<E: Environment, H: Host<E>> Drop for Reservation<'_, E, H> {
         for reserved in &self.reserved {
             opening.remove(reserved);
         }
+        drop(opening);
+        self.manager.opened.notify_all();
     }
 }
 
@@ -166,10 +168,13 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     async fn open_device(self: &Rc<Self>, mut options: DeviceOptions, given_by: GivenBy) -> Result<Rc<Device<E, H>>, DeviceOpenCause> {
         options.image = self.directory_checked(&options.image).await?;
         options.socket = self.directory_checked(&options.socket).await?;
-        if given_by == GivenBy::Socket {
-            self.places.admit(&options.image)?;
-            self.places.admit(&options.socket)?;
-        }
+        let location = match given_by {
+            GivenBy::Operator => Location::Trusted(options.image.clone()),
+            GivenBy::Socket => {
+                self.places.admit(&options.socket)?;
+                self.places.admit(&options.image)?
+            }
+        };
         let _reservation = self.reserve(&options)?;
         if let Some(reason) = self.unsettled.borrow().get(&options.name) {
             return Err(DeviceOpenCause::Unsettled(reason.clone()));
@@ -186,7 +191,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 Ok((store.device(&name)?, frozen))
             })
             .await?;
-        let layers = self.open_layers(&options, record.as_ref()).await?;
+        let layers = self.open_layers(&options, location, record.as_ref()).await?;
         let read_only = options.read_only;
         let stack = Stack::new(
             self.environment.clone(),
@@ -225,6 +230,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             let _ = self.close_device(&device).await;
             return Err(error.into());
         }
+        if self.is_stopping() {
+            // Nobody would close it later.
+            let _ = self.close_device(&device).await;
+            return Err(DeviceOpenCause::Stopping);
+        }
         self.devices.borrow_mut().insert(device.name().to_owned(), Rc::clone(&device));
         Ok(device)
     }
@@ -251,19 +261,26 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         Ok(Reservation { manager: self, reserved: [name, socket] })
     }
 
-    /// Opens the recorded stack if there is one, else the image with what lies beneath it.
-    async fn open_layers(&self, options: &DeviceOptions, record: Option<&DeviceRecord>) -> Result<Vec<ChainLayer<E>>, DeviceOpenCause> {
-        let asked = LayerRecord { path: options.image.clone(), format: options.format };
-        let top = record.and_then(DeviceRecord::top).unwrap_or(&asked).clone();
-        if let Some(record) = record {
-            self.check_membership(options, record, &top).await?;
-        }
+    /// Opens the recorded stack if there is one, else the image at `asked` with what lies beneath it.
+    async fn open_layers(
+        &self,
+        options: &DeviceOptions,
+        asked: Location,
+        record: Option<&DeviceRecord>,
+    ) -> Result<Vec<ChainLayer<E>>, DeviceOpenCause> {
+        let (top, location) = match record.and_then(|record| Some((record, record.top()?))) {
+            None => (LayerRecord { path: options.image.clone(), format: options.format }, asked),
+            Some((record, top)) => {
+                self.check_membership(options, record, top).await?;
+                (top.clone(), Location::Trusted(top.path.clone()))
+            }
+        };
         let known = record.map(|record| record.layers.as_slice()).unwrap_or_default();
         let allowed = self.places.around(known.iter().map(|layer| layer.path.as_path()).chain([options.image.as_path()]));
         let protected = self.beneath().await?;
         let chain_options =
             ChainOptions { allowed: &allowed, data_files: &[], cache: options.cache, writable: !options.read_only, protected: &protected };
-        let layers = chain::open_chain(&self.environment, &Location::Trusted(top.path.clone()), top.format, chain_options)
+        let layers = chain::open_chain(&self.environment, &location, top.format, chain_options)
             .await
             .map_err(|source| DeviceOpenCause::Chain { recorded: record.is_some(), source })?;
         if layers.len() > MAX_LAYERS {
@@ -315,7 +332,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     }
 
     /// Everything that must not be written to, because a record or the header of an open image says that it lies beneath something.
-    async fn beneath(&self) -> Result<Beneath, DeviceOpenCause> {
+    pub(crate) async fn beneath(&self) -> Result<Beneath, CatalogueError> {
         let mut beneath = Beneath::default();
         let mut open_paths = HashMap::new();
         for device in self.devices() {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use snapfence_image_format::chain::{self, AllowedDirectories, ChainCause, Format, NameError};
+use snapfence_image_format::chain::{self, AllowedDirectories, ChainCause, Format, NameError, Protection};
 use snapfence_image_format::error::LayerError;
 use snapfence_image_format::extent::{ExtentList, Mapping};
 use snapfence_image_format::layer::Layer;
@@ -29,6 +29,14 @@ pub(crate) struct Below {
     /// Where the overlay, and names inside it, may be.
     pub(crate) allowed: AllowedDirectories,
     pub(crate) cache: CacheMode,
+}
+
+/// Who else has to do with a file.
+pub(crate) struct Others<'a> {
+    /// The device that has the file as a layer.
+    pub(crate) serving: &'a dyn Fn(FileIdentity) -> Option<String>,
+    /// What depends on the file as it is.
+    pub(crate) protected: &'a dyn Protection,
 }
 
 /// An overlay that only needs to be published.
@@ -61,6 +69,9 @@ pub enum OverlayCause {
     /// Its name, made from the snapshot's, is too long.
     #[error("the file name is longer than {MAX_FILE_NAME} bytes; give the overlay's path")]
     NameTooLong,
+    /// It is not there although it is not to be made.
+    #[error("there is no such file; make it, or have it made (create)")]
+    Missing,
     /// It is there although it is to be made.
     #[error("it exists already; choose another name, or use it as it is (without creating it)")]
     Exists,
@@ -88,6 +99,9 @@ pub enum OverlayCause {
     /// It is one of the device's layers, or another device's.
     #[error("it is already a layer of device '{0}'")]
     InUse(String),
+    /// Something would break.
+    #[error("it must not be written to: {0} depends on it as a backing file")]
+    Protected(String),
     /// It is another disk.
     #[error("its virtual size is {found} bytes, and the device has {expected}")]
     Size {
@@ -144,7 +158,7 @@ pub(crate) async fn prepare<E: Environment>(
     below: &Below,
     path: &Path,
     wanted: &Overlay,
-    in_use: &dyn Fn(FileIdentity) -> Option<String>,
+    others: &Others<'_>,
 ) -> Result<Prepared<E>, OverlayError> {
     let failed = |cause| OverlayError { path: path.to_owned(), cause };
     let location = below.allowed.locate(path).map_err(|error| failed(error.into()))?;
@@ -153,7 +167,7 @@ pub(crate) async fn prepare<E: Environment>(
     if created {
         create(environment, below, path, &location).await.map_err(failed)?;
     }
-    match adopt(environment, below, path, &location, in_use).await {
+    match adopt(environment, below, path, &location, others).await {
         Ok((identity, image)) => {
             let record = LayerRecord { path: path.to_owned(), format: Format::Qcow2 };
             Ok(Prepared { record, identity, layer: Arc::new(image), created })
@@ -235,12 +249,19 @@ async fn adopt<E: Environment>(
     below: &Below,
     path: &Path,
     location: &Location,
-    in_use: &dyn Fn(FileIdentity) -> Option<String>,
+    others: &Others<'_>,
 ) -> Result<(FileIdentity, Layer<E>), OverlayCause> {
-    let file = chain::open_file(environment, location, true, below.cache).await?;
+    let file = match environment.open(location, Access::Write, below.cache).await {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(OverlayCause::Missing),
+        Err(source) => return Err(ChainCause::Open { writing: true, source }.into()),
+    };
     let identity = file.identity();
-    if let Some(device) = in_use(identity) {
+    if let Some(device) = (others.serving)(identity) {
         return Err(OverlayCause::InUse(device));
+    }
+    if let Some(dependant) = others.protected.dependant(identity) {
+        return Err(OverlayCause::Protected(dependant));
     }
     chain::lock_file(&file, true)?;
     let header = Header::read(&file).await?;

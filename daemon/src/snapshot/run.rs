@@ -19,12 +19,12 @@ use snapfence::protocol::{Event, Failure, JobInfo, LayerState, Moment, SnapshotI
 use snapfence_image_format::stack::{FenceOutcome, View};
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
 
-use super::overlay::{self, Below, OverlayError, Prepared};
+use super::overlay::{self, Below, Others, OverlayError, Prepared};
 use super::progress::{Progress, info_of};
 use super::{Asked, Overlay, Place, Refusal, admit};
 use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
 use crate::jobs::JobError;
-use crate::manager::{Device, DeviceLayer, Host, Manager};
+use crate::manager::{Beneath, Device, DeviceLayer, Host, Manager};
 
 /// Steps of a snapshot's job: prepared, intended, switched, frozen.
 const STEPS: u64 = 4;
@@ -184,7 +184,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let mut plans = Vec::new();
         for member in &asked.members {
             let gone = || RunError::DeviceGone(member.device.clone());
-            let device = self.device(&member.device).filter(|device| !device.leaving.get()).ok_or_else(gone)?;
+            let device = self.device(&member.device).ok_or_else(gone)?;
             let old = device.top();
             let path = match member.overlay.path() {
                 Some(path) => self.real_path(path).await.map_err(|source| RunError::Directory {
@@ -201,7 +201,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             paths.push(path.clone());
             plans.push((device, old, path, member.overlay.clone()));
         }
-        let prepared = join_all(plans.into_iter().map(|(device, old, path, wanted)| self.prepare_one(device, old, path, wanted))).await;
+        // What was made just now nobody can depend on.
+        let found = asked.members.iter().any(|member| matches!(member.overlay, Overlay::Existing(_)));
+        let protected = if found { self.beneath().await? } else { Beneath::default() };
+        let one = |(device, old, path, wanted)| self.prepare_one(device, old, path, wanted, &protected);
+        let prepared = join_all(plans.into_iter().map(one)).await;
         let mut cuts = Vec::new();
         let mut first_error = None;
         for result in prepared {
@@ -225,6 +229,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         old: DeviceLayer<E>,
         path: PathBuf,
         wanted: Overlay,
+        protected: &Beneath,
     ) -> Result<Cut<E, H>, RunError> {
         let layers = device.paths();
         let below = Below {
@@ -234,8 +239,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             allowed: self.places.around(layers.iter().map(PathBuf::as_path)),
             cache: device.options.cache,
         };
-        let in_use = |identity| self.device_with_layer(identity);
-        match overlay::prepare(&self.environment, &below, &path, &wanted, &in_use).await {
+        let others = Others { serving: &|identity| self.device_with_layer(identity), protected };
+        match overlay::prepare(&self.environment, &below, &path, &wanted, &others).await {
             Ok(overlay) => Ok(Cut { device, old, overlay }),
             Err(source) => Err(RunError::Overlay { device: device.name().to_owned(), source }),
         }

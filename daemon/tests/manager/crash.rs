@@ -1,0 +1,289 @@
+//! The power goes off at some instant while two disks are written to and snapshotted as a group. After the start that follows:
+//!
+//! - what was flushed is there, and nothing that was never written;
+//! - both disks have switched, or neither has;
+//! - a snapshot that counts holds exactly what had been written at one point in time between its command and its answer.
+//!
+//! The guest writes block `n % BLOCKS` of one disk, then of the other, with the value `n`, one after the other: so a state of both disks at one
+//! point in time is known from its highest values alone.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::rc::Rc;
+
+use serde_json::json;
+use snapfence_image_format::chain::Format;
+use snapfence_image_format::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
+use snapfence_image_format::units::SECTOR_BYTES;
+
+use super::support::{Answer, BLOCK, CatalogueFile, World};
+
+/// Blocks of each disk that the guest uses.
+const BLOCKS: u64 = 6;
+/// Rounds of the guest.
+const ROUNDS: u8 = 60;
+/// The guest flushes after so many rounds.
+const FLUSH_EVERY: u8 = 7;
+/// Rounds in which a snapshot is asked for.
+const SNAPSHOTS: [(u8, &str); 2] = [(20, "s1"), (40, "s2")];
+/// How many instants are tried.
+const CRASHES: u64 = 160;
+
+/// What the guest and the client know.
+#[derive(Debug, Default)]
+struct Known {
+    /// Operations that had changed the medium when the guest began.
+    begun: u64,
+    /// The last round whose writes a flush has covered.
+    durable: u8,
+    /// The last round of which a write has begun.
+    issued: u8,
+    cuts: Vec<Cut>,
+}
+
+#[derive(Debug)]
+struct Cut {
+    name: &'static str,
+    /// The last round that was complete when the command was given.
+    after: u8,
+    /// The last round of which a write had begun when the answer came.
+    before: Option<u8>,
+}
+
+struct Run {
+    environment: SimulatedEnvironment,
+    catalogue: CatalogueFile,
+    known: Rc<RefCell<Known>>,
+}
+
+/// The guest and the snapshots, with the power going off after `effects` changes of the medium.
+fn run(seed: u64, effects: Option<u64>) -> Run {
+    let mut simulation = Simulation::new(seed);
+    let environment = simulation.environment().clone();
+    if let Some(effects) = effects {
+        environment.stop_after(effects);
+    }
+    let catalogue = CatalogueFile::default();
+    let world = World::start(environment.clone(), catalogue.clone(), &[]);
+    let known = Rc::new(RefCell::new(Known::default()));
+    let told = Rc::clone(&known);
+    let ended = simulation.run(async move {
+        for device in ["vda", "vdb"] {
+            world.serve_new(device).await;
+        }
+        told.borrow_mut().begun = world.environment.effects();
+        let mut answers: Vec<Answer> = Vec::new();
+        for round in 1..=ROUNDS {
+            told.borrow_mut().issued = round;
+            world.write("vda", u64::from(round) % BLOCKS, round).await;
+            world.write("vdb", u64::from(round) % BLOCKS, round).await;
+            if round % FLUSH_EVERY == 0 {
+                world.flush("vda").await;
+                world.flush("vdb").await;
+                told.borrow_mut().durable = round;
+            }
+            if let Some((_, name)) = SNAPSHOTS.into_iter().find(|(at, _)| *at == round) {
+                told.borrow_mut().cuts.push(Cut { name, after: round, before: None });
+                let devices = json!([{ "device": "vda" }, { "device": "vdb" }]);
+                answers.push(world.begin("snapshot-create", json!({ "name": name, "devices": devices })));
+            }
+            for (answer, cut) in answers.iter().zip(&mut told.borrow_mut().cuts) {
+                if answer.is_there() && cut.before.is_none() {
+                    cut.before = Some(round);
+                }
+            }
+        }
+        for (_, name) in SNAPSHOTS {
+            assert_eq!(world.settled(name).await["state"], "frozen");
+        }
+        world.manager.stop().await.expect("everything is durable");
+    });
+    assert_eq!(ended.is_some(), !environment.is_stopped(), "seed {seed}: it ends unless the power goes off");
+    Run { environment, catalogue, known }
+}
+
+/// The value of each block after `round` rounds.
+fn after_round(round: u8) -> Vec<u8> {
+    (0..BLOCKS).map(|block| (0..=round).rev().find(|value| u64::from(*value) % BLOCKS == block).unwrap_or(0)).collect()
+}
+
+/// Starts again after the crash and looks. Answers with the states of the snapshots.
+fn examine(crashed: Run, what: &str) -> Vec<String> {
+    let environment = crashed.environment.crash();
+    let catalogue = crashed.catalogue.after_power_cut();
+    let known = crashed.known;
+    let mut simulation = Simulation::on(environment.clone());
+    let what = what.to_owned();
+    simulation.block_on(async move {
+        let world = World::start(environment, catalogue, &[]);
+        world.manager.recover().await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        for device in ["vda", "vdb"] {
+            let specification = format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}");
+            world.serve(&specification).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        }
+        let known = known.borrow();
+        for device in ["vda", "vdb"] {
+            let (least, most) = (after_round(known.durable), after_round(known.issued));
+            for (sector, value) in (0_u64..).zip(world.read_sectors(device, BLOCKS).await) {
+                let block = sector * SECTOR_BYTES / BLOCK;
+                let index = usize::try_from(block).expect("small");
+                let possible = (least[index]..=most[index]).contains(&value) && (value == 0 || u64::from(value) % BLOCKS == block);
+                assert!(possible, "{what}: block {block} of {device} has {value}, not {} to {}", least[index], most[index]);
+            }
+        }
+        let depths = [world.layers("vda").await.len(), world.layers("vdb").await.len()];
+        assert_eq!(depths[0], depths[1], "{what}: one has switched and the other has not");
+        let listed = world.done("snapshot-list", json!({})).await;
+        let listed = listed.as_array().expect("a list");
+        assert_eq!(listed.len() + 1, depths[0], "{what}: each layer has a snapshot, valid or failed");
+        let mut states = Vec::new();
+        for info in listed {
+            let state = info["state"].as_str().expect("a word").to_owned();
+            let cut = known.cuts.iter().find(|cut| info["name"] == cut.name).expect("it was asked for");
+            if state == "frozen" {
+                let mut seen = Vec::new();
+                for member in info["devices"].as_array().expect("a list") {
+                    let layer = member["frozen_layer"].as_str().expect("a path");
+                    let values = world.read_file(layer, Format::Qcow2, BLOCKS).await;
+                    let round = values.iter().copied().max().unwrap_or(0);
+                    assert_eq!(values, after_round(round), "{what}: {layer} is no state that the disk was in");
+                    assert!(round >= cut.after, "{what}: {layer} misses what was complete before the command");
+                    assert!(round <= cut.before.unwrap_or(known.issued), "{what}: {layer} has what was written after the answer");
+                    seen.push(round);
+                }
+                assert!(seen[0] == seen[1] || seen[0] == seen[1] + 1, "{what}: not one point in time: {seen:?}");
+            } else {
+                assert_eq!((state.as_str(), info["error"].is_string()), ("failed", true), "{what}");
+            }
+            states.push(state);
+        }
+        // It goes on from here.
+        for device in ["vda", "vdb"] {
+            world.write(device, 0, 200).await;
+        }
+        assert_eq!(world.snapshot("later", &["vda", "vdb"]).await["state"], "frozen", "{what}");
+        world.manager.stop().await.expect("everything is durable");
+        states
+    })
+}
+
+/// Has QEMU look at every image.
+fn check(environment: &SimulatedEnvironment) {
+    let folder = tempfile::tempdir().expect("a folder");
+    for file in environment.files() {
+        environment.export(&file, folder.path().join(file.file_name().expect("a name"))).expect("exported");
+    }
+    for file in environment.files().iter().filter(|file| file.extension().is_some_and(|extension| extension == "qcow2")) {
+        let name = file.file_name().expect("a name");
+        if name.as_encoded_bytes().starts_with(b".") {
+            continue; // An overlay that was being made.
+        }
+        let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(folder.path().join(name)).output().expect("qemu-img");
+        // 3: nothing but leaks.
+        assert!(matches!(output.status.code(), Some(0 | 3)), "{}: {}", file.display(), String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+#[test]
+fn every_crash_leaves_disks_and_snapshots_that_make_sense() {
+    for seed in [101, 102] {
+        let whole = run(seed, None);
+        let (from, to) = (whole.known.borrow().begun, whole.environment.effects());
+        assert!(to - from > CRASHES / 2, "seed {seed}: only {} changes of the medium", to - from);
+        let mut seen = BTreeSet::new();
+        for step in 0..CRASHES / 2 {
+            let effects = from + (to - from) * step / (CRASHES / 2);
+            let crashed = run(seed, Some(effects));
+            if step % 20 == 0 {
+                check(&crashed.environment.crash());
+            }
+            seen.insert(examine(crashed, &format!("seed {seed}, power off after {effects} changes")));
+        }
+        let words: Vec<Vec<&str>> = seen.iter().map(|states| states.iter().map(String::as_str).collect()).collect();
+        for expected in [vec![], vec!["failed"], vec!["frozen"], vec!["frozen", "failed"]] {
+            assert!(words.contains(&expected), "seed {seed}: no crash left {expected:?}: {words:?}");
+        }
+    }
+}
+
+#[test]
+fn a_layer_that_cannot_be_made_durable_fails_the_snapshot_and_stays_known() {
+    let mut simulation = Simulation::new(110);
+    let environment = simulation.environment().clone();
+    let world = World::new(&environment);
+    let first = world.clone();
+    simulation.block_on(async move {
+        for device in ["vda", "vdb"] {
+            first.serve_new(device).await;
+            first.write(device, 0, 1).await;
+            first.flush(device).await;
+        }
+        first.environment.inject(Fault::lasting(OperationKind::Flush, 0).on("/vm/vda.qcow2"));
+        let devices = json!([{ "device": "vda" }, { "device": "vdb" }]);
+        first.done("snapshot-create", json!({ "name": "s1", "devices": devices })).await;
+        let info = first.settled("s1").await;
+        assert!(info["error"].as_str().expect("a reason").starts_with("device 'vda': the layer beneath is not durable: "), "{info}");
+        first.concluded("job1").await;
+        assert_eq!(first.event_names().last().map(String::as_str), Some("job1 concluded"));
+        let stack = first.done("stack-show", json!({ "device": "vdb" })).await;
+        assert_eq!(stack["layers"][1]["snapshot"], json!(null), "a snapshot of which a member failed has frozen nothing");
+    });
+    let environment = environment.crash();
+    let mut simulation = Simulation::on(environment.clone());
+    simulation.block_on(async move {
+        let world = World::start(environment, world.catalogue.after_power_cut(), &[]);
+        world.manager.recover().await.expect("a catalogue");
+        for device in ["vda", "vdb"] {
+            let specification = format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}");
+            world.serve(&specification).await.expect("served");
+            assert_eq!(world.layers(device).await.len(), 2, "the overlay stays on top");
+            assert_eq!(world.read(device, 1).await, [1]);
+        }
+        assert_eq!(world.done("snapshot-show", json!({ "name": "s1" })).await["state"], "failed");
+    });
+}
+
+#[test]
+fn an_overlay_that_cannot_be_looked_at_is_waited_for() {
+    // The catalogue has the intent, and the disk of the overlay is away.
+    let mut simulation = Simulation::new(111);
+    let environment = simulation.environment().clone();
+    let world = World::new(&environment);
+    let first = world.clone();
+    simulation.run(async move {
+        for device in ["vda", "vdb", "vdc"] {
+            first.serve_new(device).await;
+        }
+        first.occupy("vda");
+        let devices = json!([{ "device": "vda" }, { "device": "vdb" }]);
+        let asked = first.begin("snapshot-create", json!({ "name": "s1", "devices": devices, "deadline-ms": 10_000 }));
+        first.switching("vda").await;
+        assert!(!asked.is_there(), "vda does not look");
+    });
+    let environment = environment.crash();
+    let catalogue = world.catalogue.after_power_cut();
+    let mut simulation = Simulation::on(environment.clone());
+    simulation.block_on(async move {
+        let serve = async |world: &World, device: &str| {
+            world.serve(&format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}")).await
+        };
+        environment.inject(Fault::lasting(OperationKind::Open, 0).on("/vm/vdb.s1.qcow2"));
+        let world = World::start(environment.clone(), catalogue, &[]);
+        world.manager.recover().await.expect("a catalogue");
+        for device in ["vda", "vdb"] {
+            let refused = serve(&world, device).await.expect_err("unknown").to_string();
+            assert!(refused.contains("it is unknown which layer is its top: /vm/vdb.s1.qcow2 of snapshot 's1'"), "{refused}");
+        }
+        let refused = world.serve("name=x,image=/vm/vda.qcow2,format=qcow2,socket=/run/x").await.expect_err("unknown").to_string();
+        assert!(refused.contains("must not be written to: snapshot `s1` depends on it"), "{refused}");
+        serve(&world, "vdc").await.expect("it has nothing to do with that");
+        environment.clear_faults();
+        let world = world.restart().await;
+        for device in ["vda", "vdb"] {
+            serve(&world, device).await.expect("served");
+            assert_eq!(world.layers(device).await.len(), 2);
+        }
+        assert_eq!(world.done("snapshot-show", json!({ "name": "s1" })).await["state"], "failed");
+    });
+}

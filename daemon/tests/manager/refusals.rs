@@ -1,0 +1,194 @@
+//! Overlays that cannot be used, and preparations that fail: the snapshot is refused, the reason names the file, and nothing is left of it.
+
+use serde_json::{Value, json};
+use snapfence_image_format::buffer::{AlignedBuffer, Buffer};
+use snapfence_image_format::chain::Format;
+use snapfence_image_format::qcow2::CreateOptions;
+use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, Simulation};
+
+use super::support::{DISK, FOLDER, World};
+
+fn over(backing: &str, format: &str) -> CreateOptions {
+    CreateOptions::overlay(DISK, backing, format)
+}
+
+fn of_vda(overlay: Value, create: bool) -> Value {
+    json!({ "name": "s", "devices": [{ "device": "vdb" }, { "device": "vda", "overlay": overlay }], "create": create })
+}
+
+/// What may not change when a snapshot is refused.
+async fn state(world: &World) -> Value {
+    let mut contents = Vec::new();
+    for file in world.files() {
+        contents.push(json!({ "file": file, "bytes": world.environment.bytes(&file).expect("a file") }));
+    }
+    json!([
+        contents,
+        world.done("stack-show", json!({ "device": "vda" })).await,
+        world.done("stack-show", json!({ "device": "vdb" })).await,
+        world.done("snapshot-list", json!({})).await,
+    ])
+}
+
+#[test]
+fn every_wrong_overlay_is_refused_by_name_and_nothing_changes() {
+    let mut simulation = Simulation::new(20);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        for device in ["vda", "vdb", "other"] {
+            world.serve_new(device).await;
+        }
+        world.write("vda", 0, 1).await;
+        world.flush("vda").await;
+        world.create("/vm/small.qcow2", &CreateOptions::overlay(DISK / 2, "vda.qcow2", "qcow2")).await;
+        world.create("/vm/alone.qcow2", &CreateOptions::standalone(DISK)).await;
+        world.create("/vm/sibling.qcow2", &over("alone.qcow2", "qcow2")).await;
+        world.create("/vm/dangling.qcow2", &over("none.qcow2", "qcow2")).await;
+        world.create("/vm/lies.qcow2", &over("vda.qcow2", "raw")).await;
+        world.create("/vm/escapes.qcow2", &over("/etc/shadow", "raw")).await;
+        world.create("/vm/full.qcow2", &over("vda.qcow2", "qcow2")).await;
+        {
+            // Something was written to it once.
+            let full = snapfence_image_format::storage::Location::Trusted("/vm/full.qcow2".into());
+            let allowed = snapfence_image_format::chain::AllowedDirectories::new([FOLDER.into()]);
+            let options = snapfence_image_format::chain::ChainOptions {
+                allowed: &allowed,
+                data_files: &[],
+                cache: snapfence_image_format::storage::CacheMode::Direct,
+                writable: false,
+                protected: &snapfence_image_format::chain::Unprotected,
+            };
+            // Its backing file is in use, so the layer is opened alone.
+            let file = snapfence_image_format::chain::open_file(&environment, &full, true, options.cache).await.expect("there");
+            let header = snapfence_image_format::qcow2::Header::read(&file).await.expect("an image");
+            let opening = snapfence_image_format::qcow2::OpenOptions::writing();
+            let image = snapfence_image_format::qcow2::Qcow2::open_with_header(file, header, opening).await.expect("an image");
+            let layer = std::sync::Arc::new(snapfence_image_format::layer::Layer::Qcow2(image));
+            let domain = snapfence_image_format::stack::FenceDomain::new(|| std::time::Duration::ZERO);
+            let stack = snapfence_image_format::stack::Stack::new(environment.clone(), &domain, vec![layer], false);
+            let bytes = Buffer::Owned(AlignedBuffer::copy_of(&[5; 4096]));
+            let position = snapfence_image_format::units::GuestOffset::new(64 << 10);
+            stack.view().write(position, bytes).await.0.expect("written");
+            stack.close().await.expect("durable");
+        }
+        environment.put("/vm/text.qcow2", b"not an image at all");
+        environment.symlink("/vm/alone.qcow2", "/vm/link.qcow2").expect("a new name");
+        let table = [
+            ("none.qcow2", false, "there is no such file; make it, or have it made (create)"),
+            ("/nowhere/o.qcow2", false, "the directory of /nowhere/o.qcow2 cannot be used: "),
+            ("/nowhere/o.qcow2", true, "the directory of /nowhere/o.qcow2 cannot be used: "),
+            ("/etc/o.qcow2", false, "/etc/o.qcow2 lies outside the allowed directories (/vm)"),
+            ("/etc/o.qcow2", true, "/etc/o.qcow2 lies outside the allowed directories (/vm)"),
+            ("small.qcow2", false, "its virtual size is 524288 bytes, and the device has 1048576"),
+            (
+                "alone.qcow2",
+                false,
+                "it names no backing file, but must name the present top: `qemu-img rebase -u -F qcow2 -b /vm/vda.qcow2 FILE`",
+            ),
+            ("sibling.qcow2", false, "its backing file is /vm/alone.qcow2, and must be the present top /vm/vda.qcow2 (qcow2)"),
+            ("dangling.qcow2", false, "its backing file is /vm/none.qcow2, and must be the present top /vm/vda.qcow2 (qcow2)"),
+            ("lies.qcow2", false, "it says that /vm/vda.qcow2 is raw, but it is qcow2"),
+            ("escapes.qcow2", false, "its backing file is not opened: /etc/shadow lies outside"),
+            ("full.qcow2", false, "it is not empty: it has data at "),
+            ("text.qcow2", false, "the file is empty or too short for a header: 19 bytes"),
+            ("link.qcow2", false, "cannot be opened for writing: "),
+            ("vda.qcow2", false, "it is already a layer of device 'vda'"),
+            ("other.qcow2", false, "it is already a layer of device 'other'"),
+            ("alone.qcow2", true, "it exists already; choose another name, or use it as it is (without creating it)"),
+        ];
+        let before = state(&world).await;
+        for (overlay, create, expected) in table {
+            let refused = world.ask("snapshot-create", of_vda(json!(overlay), create)).await.expect_err(overlay).desc;
+            let path = if overlay.starts_with('/') { overlay.to_owned() } else { format!("/vm/{overlay}") };
+            let start = "snapshot 's' failed: device 'vda': ";
+            let whole = [format!("{start}overlay {path}: {expected}"), format!("{start}{expected}")];
+            assert!(whole.iter().any(|whole| refused.starts_with(whole)), "{overlay}: {refused}");
+            assert_eq!(state(&world).await, before, "{overlay}");
+        }
+        let jobs = world.done("query-jobs", json!({})).await;
+        let all = jobs.as_array().expect("a list");
+        assert!(all.iter().all(|job| job["status"] == "concluded" && job["error"].is_string()), "{jobs}");
+        // Nothing is held after a refusal: what was wrong is set right, and used.
+        assert_eq!(world.snapshot("s", &["vda", "vdb", "other"]).await["state"], "frozen");
+    });
+}
+
+#[test]
+fn a_layer_that_others_need_is_no_overlay() {
+    let mut simulation = Simulation::new(21);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        world.serve_new("vda").await;
+        // A clone of the disk has an empty layer above it, and a layer above that: taken for an overlay, the clone would change.
+        world.create("/vm/clone.qcow2", &over("vda.qcow2", "qcow2")).await;
+        world.done("device-remove", json!({ "name": "vda" })).await;
+        world.serve("name=clone,image=/vm/clone.qcow2,format=qcow2,socket=/run/clone").await.expect("served");
+        world.snapshot("s1", &["clone"]).await;
+        world.done("device-remove", json!({ "name": "clone" })).await;
+        // The disk itself is protected by now, but for an operator who insists.
+        world.manager.catalogue().run(|store| store.forget_device("clone")).await.expect("a catalogue");
+        world.serve("name=vda,image=/vm/vda.qcow2,format=qcow2,socket=/run/vda").await.expect("served");
+        let record = snapfenced::catalogue::DeviceRecord {
+            name: "clone".to_owned(),
+            layers: ["/vm/vda.qcow2", "/vm/clone.qcow2", "/vm/clone.s1.qcow2"]
+                .map(|path| snapfenced::catalogue::LayerRecord { path: path.into(), format: Format::Qcow2 })
+                .to_vec(),
+        };
+        world.manager.catalogue().run(move |store| store.put_device(&record)).await.expect("a catalogue");
+        let asked = json!({ "name": "s2", "devices": [{ "device": "vda", "overlay": "clone.qcow2" }] });
+        let refused = world.ask("snapshot-create", asked).await.expect_err("needed").desc;
+        assert!(refused.ends_with("it must not be written to: device `clone` depends on it as a backing file"), "{refused}");
+    });
+}
+
+#[test]
+fn whatever_fails_while_preparing_leaves_no_file() {
+    let kinds = [OperationKind::Create, OperationKind::Write, OperationKind::Flush, OperationKind::Rename, OperationKind::FlushDirectory];
+    for kind in kinds {
+        for effect in [FaultEffect::Error(libc::EIO), FaultEffect::Error(libc::ENOSPC)] {
+            for after in 0..4 {
+                let mut simulation = Simulation::new(22);
+                let environment = simulation.environment().clone();
+                let refused = simulation.block_on(async move {
+                    let world = World::new(&environment);
+                    for device in ["vda", "vdb"] {
+                        world.serve_new(device).await;
+                    }
+                    let before = state(&world).await;
+                    environment.inject(Fault::once(kind, after).with(effect));
+                    let devices = json!([{ "device": "vda" }, { "device": "vdb" }]);
+                    let answer = world.ask("snapshot-create", json!({ "name": "s", "devices": devices })).await;
+                    environment.clear_faults();
+                    let Err(refused) = answer else { return false };
+                    assert!(refused.desc.contains(".s.qcow2: "), "{kind:?} {after}: {}", refused.desc);
+                    assert_eq!(state(&world).await, before, "{kind:?} {after}: {}", refused.desc);
+                    world.snapshot("s", &["vda", "vdb"]).await;
+                    true
+                });
+                assert!(refused || after > 1, "{kind:?} {after}: nothing failed");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_catalogue_that_cannot_be_written_stops_snapshots_before_the_switch() {
+    let mut simulation = Simulation::new(23);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        world.serve_new("vda").await;
+        world.write("vda", 0, 1).await;
+        let files = world.files();
+        world.catalogue.break_down();
+        let asked = json!({ "name": "s", "devices": [{ "device": "vda" }] });
+        let refused = world.ask("snapshot-create", asked).await.expect_err("no record").desc;
+        assert!(refused.starts_with("snapshot 's' failed: the catalogue cannot be "), "{refused}");
+        assert_eq!(world.files(), files);
+        assert_eq!(world.layers("vda").await, ["/vm/vda.qcow2"]);
+        world.write("vda", 0, 2).await;
+        world.flush("vda").await;
+    });
+}

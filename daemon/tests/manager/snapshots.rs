@@ -1,0 +1,287 @@
+//! Snapshots that come about: groups, lines, deadlines, cancellation, QEMU's commands.
+
+use serde_json::{Value, json};
+use snapfence::protocol::ErrorClass;
+use snapfence_image_format::chain::Format;
+use snapfence_image_format::qcow2::CreateOptions;
+use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, Simulation};
+
+use super::support::{DISK, World};
+
+/// A daemon with disks of these names.
+async fn world_with(environment: &snapfence_image_format::storage::simulated::SimulatedEnvironment, devices: &[&str]) -> World {
+    let world = World::new(environment);
+    for device in devices {
+        world.serve_new(device).await;
+    }
+    world
+}
+
+fn create(name: &str, devices: &[&str], deadline_ms: u64) -> Value {
+    let members: Vec<_> = devices.iter().map(|device| json!({ "device": device })).collect();
+    json!({ "name": name, "devices": members, "deadline-ms": deadline_ms })
+}
+
+fn job_status(jobs: &Value, id: &str) -> Value {
+    let jobs = jobs.as_array().expect("a list");
+    jobs.iter().find(|job| job["id"] == id).map(|job| job["status"].clone()).unwrap_or_default()
+}
+
+#[test]
+fn a_group_is_cut_and_frozen_and_everything_tells_so() {
+    let mut simulation = Simulation::new(10);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        environment.put("/vm/c.raw", &vec![9; 1 << 20]);
+        world.serve("name=vdc,image=/vm/c.raw,format=raw,socket=/run/vdc").await.expect("served");
+        let devices = ["vda", "vdb", "vdc"];
+        for device in devices {
+            world.write(device, 0, 1).await;
+        }
+        world.events();
+        let mut asked = create("s1", &devices, 1000);
+        asked["job-id"] = json!("cut");
+        let switched = world.done("snapshot-create", asked).await;
+        assert_eq!((&switched["state"], &switched["job"]), (&json!("switched"), &json!("cut")));
+        for device in devices {
+            world.write(device, 0, 2).await;
+        }
+        world.settled("s1").await;
+        world.concluded("cut").await;
+        let frozen = world.done("snapshot-show", json!({ "name": "s1" })).await;
+        assert_eq!(frozen["state"], "frozen");
+        for (member, device) in frozen["devices"].as_array().expect("a list").iter().zip(["vda", "vdb", "c"]) {
+            assert_eq!(member["overlay"], format!("/vm/{device}.s1.qcow2"));
+            assert!(["switch_us", "hold_us", "freeze_us"].iter().all(|time| member[time].is_u64()), "{member}");
+        }
+        let expected =
+            ["cut created", "cut running", "s1 switched", "s1 frozen", "cut waiting", "cut pending", "cut concluded"].map(str::to_owned);
+        assert_eq!(world.event_names(), expected);
+        let jobs = world.done("query-jobs", json!({})).await;
+        assert_eq!(jobs, json!([{ "id": "cut", "type": "snapshot", "status": "concluded", "current-progress": 4, "total-progress": 4 }]));
+        for (device, layer, format) in [("vda", "/vm/vda.qcow2", Format::Qcow2), ("vdc", "/vm/c.raw", Format::Raw)] {
+            assert_eq!(world.read_file(layer, format, 1).await, [1], "the snapshot holds what was there before");
+            assert_eq!(world.read(device, 1).await, [2]);
+        }
+        assert_eq!(world.done("snapshot-list", json!({})).await, json!([frozen]));
+        let refused = world.ask("snapshot-show", json!({ "name": "s9" })).await.expect_err("unknown").desc;
+        assert!(refused.starts_with("there is no snapshot 's9'"), "{refused}");
+        world.manager.stop().await.expect("everything is durable");
+    });
+}
+
+#[test]
+fn a_device_waits_in_line_for_itself_and_for_nobody_else() {
+    let mut simulation = Simulation::new(11);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb", "vdc"]).await;
+        world.occupy("vda");
+        let first = world.begin("snapshot-create", create("s1", &["vda"], 10_000));
+        let second = world.begin("snapshot-create", create("s2", &["vda", "vdb"], 10_000));
+        let third = world.begin("snapshot-create", create("s3", &["vdb"], 10_000));
+        world.switching("vda").await;
+        world.snapshot("free", &["vdc"]).await;
+        assert!(!first.is_there() && !second.is_there() && !third.is_there());
+        let jobs = world.done("query-jobs", json!({})).await;
+        assert_eq!(["job1", "job2", "job3", "job4"].map(|id| job_status(&jobs, id)), ["running", "created", "created", "concluded"]);
+        let listed = world.done("snapshot-list", json!({})).await;
+        let states: Vec<_> = listed.as_array().expect("a list").iter().map(|info| (info["name"].clone(), info["state"].clone())).collect();
+        let expected = [("s1", "preparing"), ("s2", "preparing"), ("s3", "preparing"), ("free", "frozen")];
+        assert_eq!(states, expected.map(|(name, state)| (json!(name), json!(state))));
+        let state = world.done("device-list", json!({})).await[0]["state"].clone();
+        assert_eq!(state, "snapshot");
+        world.park("vda");
+        for answer in [first, second, third] {
+            answer.wait().await.expect("switched");
+        }
+        world.settled("s3").await;
+        assert_eq!(world.layers("vda").await, ["/vm/vda.s2.qcow2", "/vm/vda.s1.qcow2", "/vm/vda.qcow2"]);
+        assert_eq!(world.layers("vdb").await, ["/vm/vdb.s3.qcow2", "/vm/vdb.s2.qcow2", "/vm/vdb.qcow2"]);
+        assert_eq!(world.settled("s2").await["state"], "frozen");
+        world.manager.stop().await.expect("everything is durable");
+    });
+}
+
+#[test]
+fn a_disk_that_hangs_delays_only_its_own_snapshot() {
+    let mut simulation = Simulation::new(12);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        for device in ["vda", "vdb"] {
+            world.write(device, 0, 1).await;
+        }
+        environment.inject(Fault::once(OperationKind::Flush, 0).on("/vm/vda.qcow2").with(FaultEffect::Hang));
+        let slow = world.done("snapshot-create", create("slow", &["vda"], 1000)).await;
+        assert_eq!(slow["state"], "switched", "the fence needs no flush");
+        for round in 0..5 {
+            world.snapshot(&format!("quick{round}"), &["vdb"]).await;
+            world.write("vda", 1, round).await;
+        }
+        assert_eq!(world.done("snapshot-show", json!({ "name": "slow" })).await["state"], "switched");
+        let state = world.done("stack-show", json!({ "device": "vda" })).await["layers"][1]["state"].clone();
+        assert_eq!(state, "freezing");
+        environment.release_hung();
+        assert_eq!(world.settled("slow").await["state"], "frozen");
+        assert_eq!(world.read("vda", 2).await, [1, 4]);
+    });
+}
+
+#[test]
+fn past_the_deadline_the_snapshot_has_failed_and_the_disk_goes_on() {
+    let mut simulation = Simulation::new(13);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        world.write("vda", 0, 1).await;
+        world.occupy("vda");
+        world.events();
+        let failed = world.ask("snapshot-create", create("late", &["vda", "vdb"], 50)).await.expect_err("nobody looks").desc;
+        assert!(failed.starts_with("snapshot 'late' failed: not every queue switched within 50 ms"), "{failed}");
+        world.write("vda", 1, 2).await;
+        world.park("vda");
+        let info = world.settled("late").await;
+        assert_eq!((&info["state"], info["error"].is_string()), (&json!("failed"), true));
+        world.concluded("job1").await;
+        let expected = ["job1 created", "job1 running", "late failed", "job1 aborting", "job1 concluded"];
+        assert_eq!(world.event_names(), expected);
+        // The overlays are in use, and the next snapshot is taken of them.
+        assert_eq!(world.layers("vda").await, ["/vm/vda.late.qcow2", "/vm/vda.qcow2"]);
+        assert_eq!(world.snapshot("next", &["vda", "vdb"]).await["state"], "frozen");
+        let stack = world.done("stack-show", json!({ "device": "vda" })).await;
+        let snapshots: Vec<_> = (0..3).map(|at| stack["layers"][at]["snapshot"].clone()).collect();
+        assert_eq!(snapshots, [json!(null), json!("next"), json!(null)], "a failed snapshot has frozen nothing");
+        let world = world.restart().await;
+        for device in ["vda", "vdb"] {
+            world.serve(&format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}")).await.expect("served");
+        }
+        assert_eq!(world.read("vda", 2).await, [1, 2]);
+        assert_eq!(world.layers("vdb").await, ["/vm/vdb.next.qcow2", "/vm/vdb.late.qcow2", "/vm/vdb.qcow2"]);
+    });
+}
+
+#[test]
+fn a_snapshot_can_be_cancelled_until_it_is_recorded() {
+    let mut simulation = Simulation::new(14);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda"]).await;
+        let before = world.files();
+        // While it is being prepared: an overlay is being written.
+        environment.inject(Fault::once(OperationKind::Rename, 0).with(FaultEffect::Hang));
+        let preparing = world.begin("snapshot-create", create("s1", &["vda"], 10_000));
+        world.until("a file is renamed", async || environment.counts().contains_key(&OperationKind::Rename)).await;
+        let waiting = world.begin("snapshot-create", create("s2", &["vda"], 10_000));
+        world.pause().await;
+        for id in ["job1", "job2"] {
+            world.done("job-cancel", json!({ "id": id })).await;
+        }
+        let refused = waiting.wait().await.expect_err("cancelled").desc;
+        assert_eq!(refused, "snapshot 's2' failed: it was cancelled");
+        environment.release_hung();
+        let refused = preparing.wait().await.expect_err("cancelled").desc;
+        assert_eq!(refused, "snapshot 's1' failed: it was cancelled");
+        assert_eq!(world.files(), before, "nothing is left");
+        assert_eq!(world.done("snapshot-list", json!({})).await, json!([]));
+        // Afterwards it is too late.
+        world.occupy("vda");
+        let switching = world.begin("snapshot-create", create("s1", &["vda"], 10_000));
+        world.switching("vda").await;
+        let refused = world.ask("job-cancel", json!({ "id": "job3" })).await.expect_err("too late").desc;
+        assert_eq!(refused, "job 'job3' is running and cannot be cancelled any more");
+        world.park("vda");
+        switching.wait().await.expect("the name is free again");
+        world.concluded("job3").await;
+        let refused = world.ask("job-cancel", json!({ "id": "job3" })).await.expect_err("too late").desc;
+        assert_eq!(refused, "job 'job3' is concluded and cannot be cancelled any more");
+        assert!(world.ask("job-cancel", json!({ "id": "none" })).await.is_err());
+    });
+}
+
+#[test]
+fn overlays_that_are_there_or_named_are_used() {
+    let mut simulation = Simulation::new(15);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        world.write("vda", 0, 1).await;
+        // One of QEMU's kind: 64 KiB clusters, no sub-clusters.
+        let plain = CreateOptions { backing: Some(("vda.qcow2".into(), "qcow2".into())), ..CreateOptions::standalone(DISK) };
+        world.create("/vm/given.qcow2", &plain).await;
+        let devices = json!([{ "device": "vda", "overlay": "given.qcow2" }, { "device": "vdb" }]);
+        world.done("snapshot-create", json!({ "name": "s1", "devices": devices })).await;
+        assert_eq!(world.settled("s1").await["devices"][0]["overlay"], "/vm/given.qcow2");
+        let devices = json!([{ "device": "vda", "overlay": "/vm/made.qcow2" }]);
+        world.done("snapshot-create", json!({ "name": "s2", "devices": devices, "create": true })).await;
+        assert_eq!(world.settled("s2").await["state"], "frozen");
+        world.write("vda", 1, 2).await;
+        assert_eq!(world.layers("vda").await, ["/vm/made.qcow2", "/vm/given.qcow2", "/vm/vda.qcow2"]);
+        assert_eq!(world.read("vda", 2).await, [1, 2]);
+        // Two disks of one folder whose names differ in the extension only.
+        for (name, image) in [("vdc", "/vm/x.img"), ("vdd", "/vm/x.raw")] {
+            environment.put(image, &vec![0; 1 << 20]);
+            world.serve(&format!("name={name},image={image},format=raw,socket=/run/{name}")).await.expect("served");
+        }
+        world.snapshot("s3", &["vdc", "vdd"]).await;
+        assert_eq!(world.layers("vdc").await[0], "/vm/x.s3.qcow2");
+        assert_eq!(world.layers("vdd").await[0], "/vm/vdd.s3.qcow2");
+    });
+}
+
+#[test]
+fn qemus_commands_take_group_snapshots() {
+    let mut simulation = Simulation::new(16);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        let nodes = async |world: &World| {
+            let nodes = world.done("query-named-block-nodes", json!({})).await;
+            let nodes: Vec<_> = nodes.as_array().expect("a list").iter().map(|node| (node["node-name"].clone(), node["file"].clone())).collect();
+            nodes
+        };
+        let expect = |names: [(&str, &str); 2]| names.map(|(name, file)| (json!(name), json!(file)));
+        assert_eq!(nodes(&world).await, expect([("vda", "/vm/vda.qcow2"), ("vdb", "/vm/vdb.qcow2")]));
+        let sync = |device: &str, node: &str, file: &str| {
+            json!({ "type": "blockdev-snapshot-sync", "data": { "node-name": device, "snapshot-node-name": node, "snapshot-file": file } })
+        };
+        world.done("transaction", json!({ "actions": [sync("vda", "a1", "/vm/a1"), sync("vdb", "b1", "/vm/b1")] })).await;
+        assert_eq!(nodes(&world).await, expect([("a1", "/vm/a1"), ("b1", "/vm/b1")]));
+        let listed = world.done("snapshot-list", json!({})).await;
+        assert_eq!((listed.as_array().map(Vec::len), &listed[0]["state"]), (Some(1), &json!("frozen")), "one group");
+        // With an overlay that is there: by mode, and by a node.
+        let over = |below: &str| CreateOptions::overlay(DISK, below, "qcow2");
+        world.create("/vm/a2", &over("a1")).await;
+        world.create("/vm/b2", &over("b1")).await;
+        world.done("blockdev-snapshot-sync", json!({ "device": "vda", "snapshot-file": "/vm/a2", "mode": "existing" })).await;
+        let add = json!({ "driver": "qcow2", "node-name": "b2", "file": { "driver": "file", "filename": "/vm/b2" }, "backing": null });
+        world.done("blockdev-add", add.clone()).await;
+        world.done("blockdev-snapshot", json!({ "node": "b1", "overlay": "b2" })).await;
+        assert_eq!(nodes(&world).await, expect([("a1", "/vm/a2"), ("b2", "/vm/b2")]));
+        // What is wrong changes nothing.
+        let table = [
+            ("blockdev-snapshot-sync", json!({ "device": "vdx", "snapshot-file": "/vm/x" }), ErrorClass::DeviceNotFound),
+            ("blockdev-snapshot-sync", json!({ "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
+            ("blockdev-snapshot-sync", json!({ "device": "vda", "node-name": "a1", "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
+            ("blockdev-snapshot-sync", json!({ "device": "vda", "snapshot-file": "/vm/x", "format": "raw" }), ErrorClass::GenericError),
+            ("blockdev-snapshot-sync", json!({ "device": "vda", "snapshot-file": "/vm/a1" }), ErrorClass::GenericError),
+            ("blockdev-snapshot", json!({ "node": "vda", "overlay": "none" }), ErrorClass::DeviceNotFound),
+            ("blockdev-add", add, ErrorClass::GenericError),
+            ("blockdev-del", json!({ "node-name": "b2" }), ErrorClass::DeviceNotFound),
+            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("vdb", "x", "/vm/y")] }), ErrorClass::GenericError),
+            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("vda", "y", "/vm/y")] }), ErrorClass::GenericError),
+            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("none", "y", "/vm/y")] }), ErrorClass::DeviceNotFound),
+            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("vdb", "y", "/vm/b1")] }), ErrorClass::GenericError),
+            ("transaction", json!({ "actions": [{ "type": "blockdev-backup", "data": {} }] }), ErrorClass::GenericError),
+        ];
+        let files = world.files();
+        for (command, arguments, class) in table {
+            let refused = world.ask(command, arguments.clone()).await.expect_err(command);
+            assert_eq!(refused.class, class, "{command} {arguments}: {}", refused.desc);
+        }
+        assert_eq!(world.files(), files);
+        assert_eq!(nodes(&world).await, expect([("a1", "/vm/a2"), ("b2", "/vm/b2")]));
+        world.done("transaction", json!({ "actions": [] })).await;
+    });
+}
