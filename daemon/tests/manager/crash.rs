@@ -122,7 +122,7 @@ fn examine(crashed: Run, what: &str) -> Vec<String> {
             let specification = format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}");
             world.serve(&specification).await.unwrap_or_else(|error| panic!("{what}: {error}"));
         }
-        let known = known.borrow();
+        let known = known.take();
         for device in ["vda", "vdb"] {
             let (least, most) = (after_round(known.durable), after_round(known.issued));
             for (sector, value) in (0_u64..).zip(world.read_sectors(device, BLOCKS).await) {

@@ -418,7 +418,9 @@ fn values(bytes: &[u8], unit: u64) -> Vec<u8> {
 
 /// The answer to a command that may not be there yet.
 #[derive(Clone)]
-pub(crate) struct Answer(Arc<(Mutex<Option<Result<Value, Failure>>>, WaitQueue)>);
+pub(crate) struct Answer(Arc<Slot>);
+
+type Slot = (Mutex<Option<Result<Value, Failure>>>, WaitQueue);
 
 impl Answer {
     /// Waits for it.
