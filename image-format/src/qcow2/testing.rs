@@ -186,10 +186,6 @@ impl Scratch {
         assert!(output.status.success() && !failed, "qemu-io {file} {commands:?}: {text}");
     }
 
-    pub(super) fn store(&self, name: &str, file: &MemoryFile) {
-        std::fs::write(self.path(name), file.to_bytes()).expect("the folder is writable");
-    }
-
     pub(super) fn load(&self, name: &str) -> MemoryFile {
         MemoryFile::from_bytes(std::fs::read(self.path(name)).expect("the file exists"))
     }
