@@ -38,6 +38,8 @@ pub struct Options {
     pub devices: Vec<DeviceOptions>,
     /// Directories in which files named by images or by the control socket may lie.
     pub allowed_directories: Vec<PathBuf>,
+    /// External data files of qcow2 images that may be read.
+    pub data_files: Vec<PathBuf>,
     /// Devices whose records are dropped before anything else happens.
     pub forget: Vec<String>,
 }
@@ -150,7 +152,7 @@ struct Arguments {
     #[arg(
         long,
         value_name = "FILE",
-        help = "Configuration file (TOML): control, state-dir, allow-dir = [...], and a [[device]] table per device with the keys of --device"
+        help = "Configuration file (TOML): control, state-dir, allow-dir = [...], allow-data-file = [...], and a [[device]] table per device with the keys of --device"
     )]
     config: Option<PathBuf>,
 
@@ -166,6 +168,10 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     allow_dir: Vec<PathBuf>,
 
+    /// External data file (repeatable) that a qcow2 image may name; such images are only read
+    #[arg(long, value_name = "FILE")]
+    allow_data_file: Vec<PathBuf>,
+
     /// Drop what the catalogue has recorded of device NAME and its snapshots before starting (repeatable)
     #[arg(long, value_name = "NAME")]
     forget: Vec<String>,
@@ -179,6 +185,8 @@ struct Config {
     state_dir: Option<PathBuf>,
     #[serde(default)]
     allow_dir: Vec<PathBuf>,
+    #[serde(default)]
+    allow_data_file: Vec<PathBuf>,
     #[serde(default)]
     device: Vec<toml::Table>,
 }
@@ -200,11 +208,14 @@ impl Options {
         }
         let mut allowed_directories = arguments.allow_dir;
         allowed_directories.extend(config.allow_dir);
+        let mut data_files = arguments.allow_data_file;
+        data_files.extend(config.allow_data_file);
         let options = Self {
             control: arguments.control.or(config.control).ok_or(OptionsError::Missing("--control PATH"))?,
             state_dir: arguments.state_dir.or(config.state_dir).ok_or(OptionsError::Missing("--state-dir DIR"))?,
             devices,
             allowed_directories,
+            data_files,
             forget: arguments.forget,
         };
         options.check_duplicates()?;

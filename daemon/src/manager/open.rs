@@ -278,8 +278,13 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let known = record.map(|record| record.layers.as_slice()).unwrap_or_default();
         let allowed = self.places.around(known.iter().map(|layer| layer.path.as_path()).chain([options.image.as_path()]));
         let protected = self.beneath().await?;
-        let chain_options =
-            ChainOptions { allowed: &allowed, data_files: &[], cache: options.cache, writable: !options.read_only, protected: &protected };
+        let chain_options = ChainOptions {
+            allowed: &allowed,
+            data_files: self.places.data_files(),
+            cache: options.cache,
+            writable: !options.read_only,
+            protected: &protected,
+        };
         let layers = chain::open_chain(&self.environment, &location, top.format, chain_options)
             .await
             .map_err(|source| DeviceOpenCause::Chain { recorded: record.is_some(), source })?;

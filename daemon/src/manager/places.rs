@@ -3,6 +3,7 @@
 //! - The operator's own words (command line, configuration file) lead anywhere.
 //! - Names inside images lead into the allowed directories and those of the device's own layers.
 //! - Overlays named on the control socket lie in the same.
+//! - External data files are those that the operator names one by one.
 //! - Images and sockets of devices added on the control socket lie in the allowed directories, if any are given; otherwise anywhere, for
 //!   whoever may speak on that socket could as well start the daemon.
 
@@ -16,13 +17,25 @@ use snapfence_image_format::storage::Location;
 pub struct Places {
     allowed: AllowedDirectories,
     strict: bool,
+    data_files: Vec<PathBuf>,
 }
 
 impl Places {
     /// Exactly these directories: absolute, without symbolic links.
     pub fn new(allowed: impl IntoIterator<Item = PathBuf>) -> Self {
         let allowed = AllowedDirectories::new(allowed);
-        Self { strict: allowed != AllowedDirectories::default(), allowed }
+        Self { strict: allowed != AllowedDirectories::default(), allowed, data_files: Vec::new() }
+    }
+
+    /// As before, and images may have these external data files: absolute, their directories without symbolic links.
+    #[must_use]
+    pub fn with_data_files(self, data_files: Vec<PathBuf>) -> Self {
+        Self { data_files, ..self }
+    }
+
+    /// External data files that images may have.
+    pub fn data_files(&self) -> &[PathBuf] {
+        &self.data_files
     }
 
     /// Where names inside these images may lead.

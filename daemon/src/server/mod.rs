@@ -46,6 +46,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     raise_file_limit();
     let working_directory = std::env::current_dir().context("the working directory cannot be used")?;
     let places = Places::new(options.allowed_directories.iter().map(|path| real_directory(path)).collect::<anyhow::Result<Vec<_>>>()?);
+    let data_files = options.data_files.iter().map(|path| real_file(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let places = places.with_data_files(data_files);
     let catalogue = Catalogue::start(&options.state_dir)?;
     let reactor = Reactor::new(RING_ENTRIES).context("no io_uring for the control thread")?;
     tracing::info!(event = "io_uring", tier = %reactor.tier(), "what this kernel offers");
@@ -127,6 +129,14 @@ fn real_directory(path: &Path) -> anyhow::Result<PathBuf> {
         bail!("allowed directory {} is not a directory", path.display());
     }
     Ok(real)
+}
+
+/// The absolute path of a file, its directory without symbolic links.
+fn real_file(path: &Path) -> anyhow::Result<PathBuf> {
+    let named = || format!("allowed data file {}", path.display());
+    let name = path.file_name().ok_or_else(|| anyhow::anyhow!("the path does not end with a file name")).with_context(named)?;
+    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(directory.canonicalize().with_context(named)?.join(name))
 }
 
 /// Deep chains need many descriptors.

@@ -12,9 +12,6 @@ use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location, Sha
 
 use super::{AllowedDirectories, Format, MAX_DEPTH, NameError, UnknownFormat};
 
-/// Memory for the tables of one layer that is only read. The stack remembers what they say, so each is read about once.
-const BACKING_CACHE_BYTES: usize = 64 << 10;
-
 /// How a chain is opened.
 #[derive(Clone, Debug)]
 pub struct ChainOptions<'a> {
@@ -196,8 +193,7 @@ async fn open_limited<E: Environment>(
                 let header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
                 next = backing(&path, &header, options.allowed).map_err(failed)?;
                 let data_file = open_data_file(environment, &path, &header, &options).await.map_err(failed)?;
-                let l2_cache_bytes = (!writable).then_some(BACKING_CACHE_BYTES);
-                let image = Qcow2::open_with_header(file, header, OpenOptions { writable, data_file, l2_cache_bytes }).await;
+                let image = Qcow2::open_with_header(file, header, OpenOptions { writable, data_file, l2_cache_bytes: None }).await;
                 Layer::Qcow2(image.map_err(|error| failed(error.into()))?)
             }
         };
