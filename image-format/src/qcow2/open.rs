@@ -9,6 +9,7 @@ use crate::storage::{Environment, Storage, StorageExt};
 use crate::units::HostOffset;
 
 use super::allocate::Allocator;
+use super::check::{CheckError, Fault, repair_dirty};
 use super::geometry::{Geometry, HostCluster};
 use super::header::{Header, HeaderError};
 use super::l1::{L1, decode_l1_entry, words_from};
@@ -63,8 +64,10 @@ pub enum OpenError {
     DataFileUnexpected,
     #[error("images with an external data file can be opened for reading only")]
     DataFileForWriting,
-    #[error("the refcounts were not brought up to date; repair them with `qemu-img check -r all`")]
-    Dirty,
+    #[error("the refcounts are out of date, and counting anew has failed: {0}")]
+    Recount(#[from] CheckError),
+    #[error("the refcounts are out of date, and more is wrong: {fault}; repair the image with `qemu-img check -r all`")]
+    BeyondRecount { fault: Fault },
     #[error("L1 entry {index}: {detail}")]
     L1Entry { index: u32, detail: &'static str },
     #[error("L1 entry {index} points to {at}, outside the file")]
@@ -86,7 +89,7 @@ fn name_note(name: Option<&OsString>) -> String {
 }
 
 impl<E: Environment> Qcow2<E> {
-    /// Opens the image in `file`.
+    /// Opens the image in `file`. For writing, refcounts that another program has left out of date are counted anew, which reads all tables.
     ///
     /// # Errors
     /// If it cannot be read or makes no sense; for writing also if it may not be written to.
@@ -99,8 +102,14 @@ impl<E: Environment> Qcow2<E> {
     ///
     /// # Errors
     /// As for [`open`](Self::open).
-    pub async fn open_with_header(file: E::File, header: Header, options: OpenOptions<E>) -> Result<Self, OpenError> {
+    pub async fn open_with_header(file: E::File, mut header: Header, options: OpenOptions<E>) -> Result<Self, OpenError> {
         admit(&header, &options)?;
+        if options.writable
+            && header.is_dirty()
+            && let Some(fault) = repair_dirty(&file, &mut header).await?
+        {
+            return Err(OpenError::BeyondRecount { fault });
+        }
         let l1 = read_l1(&file, &header).await?;
         let snapshots = Snapshots::read(&file, &header).await?;
         let mut inner = Inner::new(file, header, l1, snapshots, options);
@@ -115,9 +124,6 @@ impl<E: Environment> Qcow2<E> {
 fn admit<E: Environment>(header: &Header, options: &OpenOptions<E>) -> Result<(), OpenError> {
     if options.writable && header.is_corrupt() {
         return Err(OpenError::CorruptForWriting);
-    }
-    if options.writable && header.is_dirty() {
-        return Err(OpenError::Dirty);
     }
     match (header.has_data_file(), &options.data_file) {
         (true, None) => Err(OpenError::DataFileMissing { name: header.data_file_name().map(ToOwned::to_owned) }),

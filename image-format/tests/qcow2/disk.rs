@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures_util::future::{join, join_all};
 use snapfence_image_format::buffer::AlignedBuffer;
+use snapfence_image_format::error::LayerError;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{OpenOptions, Qcow2};
 use snapfence_image_format::raw::Raw;
@@ -83,16 +84,20 @@ impl Request {
 
     /// Carries it out.
     pub(crate) async fn send<E: Environment>(&self, stack: &Stack<E>) {
+        self.try_send(stack).await.unwrap_or_else(|error| panic!("{self:?}: {error}"));
+    }
+
+    /// Carries it out, or not.
+    pub(crate) async fn try_send<E: Environment>(&self, stack: &Stack<E>) -> Result<(), LayerError> {
         let view = stack.view();
-        let result = match self.kind {
+        match self.kind {
             Kind::Write => {
                 let data = AlignedBuffer::copy_of(&self.data());
                 view.write(self.range.start, data.into()).await.0
             }
             Kind::Zero { unmap } => view.write_zeroes(self.range, unmap).await,
             Kind::Discard => view.discard(self.range).await,
-        };
-        result.unwrap_or_else(|error| panic!("{self:?}: {error}"));
+        }
     }
 
     /// What it leaves in the whole disk. Discards are settled by reading what is there.

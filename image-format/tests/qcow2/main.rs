@@ -2,9 +2,11 @@
 //!
 //! - `random`: random requests of one thread, over every layout, with and without a backing file.
 //! - `threads`: the same from several threads at once.
+//! - `open`: what opening for writing repairs, forgets, keeps and refuses.
 //! - `shared`: clusters that internal snapshots share, and compressed ones.
 
 mod disk;
+mod open;
 mod random;
 mod shared;
 mod threads;

@@ -46,6 +46,14 @@ impl Scratch {
         assert!(status == Some(0) && !failed, "qemu-io {arguments:?}: {text}");
     }
 
+    /// Runs commands of `qemu-io` on an image and ends it without closing the image.
+    pub(crate) fn abandon(&self, image: &str, commands: &[&str]) {
+        let lines = commands.iter().chain(&["abort"]).flat_map(|line| ["-c", line]);
+        let arguments: Vec<&str> = ["-f", "qcow2", "-d", "unmap"].into_iter().chain(lines).chain([image]).collect();
+        let (status, text) = self.run("qemu-io", &arguments);
+        assert!(status.is_none(), "qemu-io {arguments:?} should have been killed by its own signal: {text}");
+    }
+
     /// What `qemu-img check` finds, and what it says about it.
     pub(crate) fn check(&self, image: &str) -> (Verdict, String) {
         let (status, text) = self.run("qemu-img", &["check", "-f", "qcow2", image]);

@@ -11,6 +11,7 @@
 mod bitmaps;
 mod census;
 mod compare;
+mod dirty;
 mod repair;
 mod report;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use crate::units::HostOffset;
 use super::header::{Header, HeaderError};
 use super::snapshot::SnapshotError;
 
+pub(super) use dirty::repair_dirty;
 pub use report::{CheckReport, Fault, Finding};
 
 use walk::Walk;
@@ -130,7 +132,7 @@ pub async fn check<S: Storage>(file: &S, options: &CheckOptions) -> Result<Check
         return Ok(report);
     }
     let leaks_fixed = report.leaks;
-    repair::lower_refcounts(&walk).await?;
+    repair::correct_refcounts(&walk, repair::Direction::Down).await?;
     drop(walk);
     let (mut report, _) = check_once(file, &header, options).await?;
     if report.is_clean() && header.is_dirty() {

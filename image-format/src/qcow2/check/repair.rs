@@ -20,8 +20,17 @@ use super::CheckError;
 use super::compare::blocks;
 use super::walk::Walk;
 
-/// Lowers every refcount above the number of references. The check has found no corruption.
-pub(super) async fn lower_refcounts<S: Storage>(walk: &Walk<'_, S>) -> Result<(), CheckError> {
+/// Which refcounts are corrected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// Those above the number of references.
+    Down,
+    /// Those below as well.
+    Both,
+}
+
+/// Sets refcounts to the number of references. Nothing else is wrong with the image.
+pub(super) async fn correct_refcounts<S: Storage>(walk: &Walk<'_, S>, direction: Direction) -> Result<(), CheckError> {
     let geometry = &walk.geometry;
     let clusters = geometry.clusters(walk.file_len).max(walk.census.end());
     let bits = geometry.refcount_bits();
@@ -35,7 +44,8 @@ pub(super) async fn lower_refcounts<S: Storage>(walk: &Walk<'_, S>) -> Result<()
         for cluster in covered {
             let entry = geometry.locate_refcount(HostCluster(cluster)).1;
             let references = walk.census.get(cluster).references;
-            if read_refcount(&block, entry, bits) > references {
+            let refcount = read_refcount(&block, entry, bits);
+            if refcount > references || (refcount < references && direction == Direction::Both) {
                 write_refcount(&mut block, entry, bits, references);
                 changed = true;
             }
