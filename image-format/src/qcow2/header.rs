@@ -496,6 +496,12 @@ impl Header {
         self.refcount_table_clusters = clusters;
     }
 
+    /// The L1 table has a new place and length.
+    pub(super) fn move_l1_table(&mut self, at: HostOffset, entries: u32) {
+        self.l1_offset = at;
+        self.l1_entries = entries;
+    }
+
     /// Changes fields in the copy of the first sector, and returns what to write to the start of the file.
     pub(super) fn patched_sector(&mut self) -> Box<[u8]> {
         let mut put = |at: usize, bytes: &[u8]| self.first_sector[at..at + bytes.len()].copy_from_slice(bytes);

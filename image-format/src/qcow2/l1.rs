@@ -21,6 +21,8 @@ pub(super) struct L1 {
     entries: Vec<u64>,
     /// Where the table is in the file.
     at: HostOffset,
+    /// The table has been moved, and the header in the file still points to this place, with so many entries.
+    moved_from: Option<(HostOffset, usize)>,
     /// Entries that are newer than the file's.
     dirty: BTreeSet<u32>,
     /// New tables whose zeros are not in the file yet; `true` if the file reads as zeros there anyway.
@@ -36,8 +38,20 @@ pub(super) struct L1Writes {
     pub(super) zero_tables: Vec<HostOffset>,
     /// L1 indexes of all new tables whose zeros are in the file afterwards.
     pub(super) initialised: Vec<u32>,
-    /// Sectors of the L1 table.
+    /// Sectors of the L1 table or, if it has moved, all of it.
     pub(super) sectors: Vec<(HostOffset, AlignedBuffer)>,
+    /// The table has moved: what the header must say once the table is durable.
+    pub(super) moved: Option<MovedL1>,
+}
+
+/// An L1 table that has got another place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct MovedL1 {
+    pub(super) to: HostOffset,
+    pub(super) entries: u32,
+    /// Where it was, and how long: free once the header is durable.
+    pub(super) from: HostOffset,
+    pub(super) from_bytes: u64,
 }
 
 /// Where one L2 table is.
@@ -70,7 +84,20 @@ pub(super) fn decode_l1_entry(word: u64, geometry: &Geometry) -> Result<Option<T
 impl L1 {
     /// A table as it is in the file; entries have been checked.
     pub(super) fn new(at: HostOffset, entries: Vec<u64>) -> Self {
-        Self { entries, at, dirty: BTreeSet::new(), unwritten: BTreeMap::new(), zero_slices: BTreeMap::new() }
+        Self { entries, at, moved_from: None, dirty: BTreeSet::new(), unwritten: BTreeMap::new(), zero_slices: BTreeMap::new() }
+    }
+
+    /// Number of entries.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Gives the table another place, where it has more entries. Only once between two write-backs.
+    pub(super) fn move_to(&mut self, at: HostOffset, entries: usize) {
+        debug_assert!(self.moved_from.is_none() && entries > self.entries.len(), "a table moves when it is too short");
+        self.moved_from = Some((self.at, self.entries.len()));
+        self.at = at;
+        self.entries.resize(entries, 0);
     }
 
     /// The L2 table of an entry, if there is one.
@@ -125,6 +152,13 @@ impl L1 {
             }
         }
         debug_assert!(geometry.cluster_len() >= SECTOR);
+        if let Some((from, entries)) = self.moved_from.take() {
+            self.dirty.clear();
+            let len = (self.entries.len() * 8).next_multiple_of(geometry.cluster_len());
+            writes.sectors.push((self.at, table_bytes(&self.entries, len)));
+            let entries_now = u32::try_from(self.entries.len()).expect("an L1 table has at most 32 MiB");
+            writes.moved = Some(MovedL1 { to: self.at, entries: entries_now, from, from_bytes: entries as u64 * 8 });
+        }
         let sectors: BTreeSet<usize> = std::mem::take(&mut self.dirty).iter().map(|&index| index as usize / WORDS_PER_SECTOR).collect();
         for sector in sectors {
             let bytes = table_sector(&self.entries, sector);
@@ -182,6 +216,21 @@ mod tests {
         assert_eq!(words_from(&writes.sectors[0].1)[3], 0x40000 | COPIED);
         l1.mark_initialised(&writes.initialised);
         assert!(l1.take_writes(&geometry).zero_tables.is_empty());
+    }
+
+    #[test]
+    fn a_moved_table_is_written_as_a_whole() {
+        let geometry = Geometry::new(9, false, 4);
+        let mut l1 = L1::new(HostOffset::new(0x600), vec![0; 64]);
+        l1.set_table(3, HostOffset::new(0x800));
+        l1.move_to(HostOffset::new(0x1000), 100);
+        let writes = l1.take_writes(&geometry);
+        let (at, bytes) = &writes.sectors[0];
+        assert_eq!((writes.sectors.len(), at.get(), bytes.len()), (1, 0x1000, 1024));
+        assert_eq!(words_from(bytes)[3], 0x800 | COPIED);
+        let moved = MovedL1 { to: HostOffset::new(0x1000), entries: 100, from: HostOffset::new(0x600), from_bytes: 512 };
+        assert_eq!(writes.moved, Some(moved));
+        assert!(l1.take_writes(&geometry).sectors.is_empty());
     }
 
     #[test]

@@ -150,6 +150,13 @@ impl Refcounts {
         self.dirty_blocks.insert(index);
     }
 
+    /// Sets several refcounts. Their blocks must be in memory.
+    pub(super) fn set_all(&mut self, clusters: Range<u64>, value: u64) {
+        for cluster in clusters {
+            self.set(HostCluster(cluster), value);
+        }
+    }
+
     /// Free clusters of a block in memory, as runs, from `from` on.
     pub(super) fn free_runs(&self, index: u64, from: u64, end: u64) -> Vec<Range<u64>> {
         let per_block = self.geometry.refcounts_per_block();
@@ -226,9 +233,7 @@ impl Refcounts {
                 next_block += 1;
             }
         }
-        for cluster in end..next_block {
-            self.set(HostCluster(cluster), 1);
-        }
+        self.set_all(end..next_block, 1);
         (HostCluster(metadata.end), end..next_block)
     }
 

@@ -41,7 +41,7 @@ impl UnmappedLists {
 
 /// What a range becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Become {
+pub(super) enum Become {
     /// Zeros, whatever lies beneath. With `keep_space` the host cluster stays for later writes.
     Zero { keep_space: bool },
     /// Nothing.
@@ -132,7 +132,8 @@ impl<E: Environment> Inner<E> {
         Ok(false)
     }
 
-    async fn unmap_range(&self, range: GuestRange, become_what: Become, changed: &dyn Fn(Extent)) -> Result<(), LayerError> {
+    /// Whole mapping units. Those past the end of the disk are allowed where the L1 table reaches.
+    pub(super) async fn unmap_range(&self, range: GuestRange, become_what: Become, changed: &dyn Fn(Extent)) -> Result<(), LayerError> {
         let geometry = &self.format.geometry;
         let mut at = range.start;
         while at < range.end() {

@@ -3,10 +3,11 @@
 //! 1. Refcount blocks, a refcount table that moved, zeros of new L2 tables. Device flush: it also makes guest data durable.
 //! 2. New entries of the refcount table, or the header that points to its new place. Device flush.
 //! 3. L2 slices and L1 entries. What an L1 entry newly points to has been a valid (empty or copied) table since step 1, so their order does
-//!    not matter. Device flush.
+//!    not matter. An L1 table that moved is written as a whole. Device flush.
+//! 4. The header that points to the new place of the L1 table. Device flush.
 //!
-//! Steps without anything to write cost nothing; the last flush always happens. Afterwards clusters that lost their last reference in step 3
-//! may be freed.
+//! Steps without anything to write cost nothing; the flush of step 3 always happens. Afterwards clusters that lost their last reference in
+//! steps 2 to 4 may be freed.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -17,7 +18,7 @@ use crate::storage::{Environment, Storage};
 use crate::units::HostOffset;
 
 use super::Inner;
-use super::geometry::SliceKey;
+use super::geometry::{HostCluster, SliceKey};
 use super::l1::{L1Writes, table_bytes};
 use super::refcount::RefcountWrites;
 
@@ -163,7 +164,7 @@ impl<E: Environment> Inner<E> {
     pub(super) async fn write_back_once(&self) -> Result<(), LayerError> {
         let Batch { pending, slices, _held: held, l1, refcounts } = self.take_batch();
         let RefcountWrites { blocks, entries, moved_to, retired } = refcounts;
-        let L1Writes { zero_tables, initialised, sectors } = l1;
+        let L1Writes { zero_tables, initialised, sectors, moved } = l1;
         let table_changes = !entries.is_empty() || moved_to.is_some();
         let mapping_changes = !slices.is_empty() || !sectors.is_empty();
 
@@ -188,11 +189,19 @@ impl<E: Environment> Inner<E> {
         self.write_all(sectors, Structure::L1Table).await?;
         self.flush_device().await?;
         drop(held);
-
         let geometry = &self.format.geometry;
+        let mut old_l1 = 0..0;
+        if let Some(moved) = moved {
+            self.header().move_l1_table(moved.to, moved.entries);
+            self.write_header().await?;
+            self.flush_device().await?;
+            old_l1 = geometry.cluster_numbers(moved.from, moved.from_bytes);
+        }
+
         let mut unmapped = self.unmapped();
         unmapped.ready.extend(pending);
-        unmapped.ready.extend(retired.into_iter().map(|cluster| geometry.host_offset(cluster)));
+        let retired = retired.into_iter().chain(old_l1.map(HostCluster));
+        unmapped.ready.extend(retired.map(|cluster| geometry.host_offset(cluster)));
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 //! - [`Fence`] and its domain switch any number of stacks to new views at one point in time.
 
 mod fence;
+mod grow;
 mod map;
 mod read;
 mod retire;

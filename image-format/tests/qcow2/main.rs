@@ -2,10 +2,14 @@
 //!
 //! - `random`: random requests of one thread, over every layout, with and without a backing file.
 //! - `threads`: the same from several threads at once.
+//! - `grow`: disks that become larger.
+//! - `crash`: the power goes off in the middle of making, repairing, growing, freezing.
 //! - `open`: what opening for writing repairs, forgets, keeps and refuses.
 //! - `shared`: clusters that internal snapshots share, and compressed ones.
 
+mod crash;
 mod disk;
+mod grow;
 mod open;
 mod random;
 mod shared;
