@@ -196,7 +196,7 @@ impl Case {
             self.write_by_qemu(&image, area);
         }
         let takes_snapshots = image.data_file.is_none() && image.geometry.as_ref().is_some_and(|geometry| geometry.refcount_bits >= 16);
-        if takes_snapshots && self.chance.happens(1, 5) {
+        if takes_snapshots && self.chance.happens(1, 3) {
             let name = format!("s{}", self.snapshots.len());
             self.folder.qemu_img(&format!("snapshot -c {name} {}", file_name(&image.path)));
             self.snapshots.push((name, self.disk.clone()));
