@@ -1,6 +1,7 @@
 //! Devices served by the daemon's own parts in this process, over real sockets, and front-ends that connect to them.
 #![allow(dead_code, unused_imports, reason = "each test file uses a part of it")]
 
+pub(crate) mod daemon;
 #[path = "../../src/vring/driver.rs"]
 pub(crate) mod driver;
 pub(crate) mod machine;

@@ -1,0 +1,109 @@
+//! The daemon as a process of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use snapfence::client::Client;
+
+use super::PATIENCE;
+
+/// How often to look for something that nobody announces.
+const POLL: Duration = Duration::from_millis(2);
+
+/// A daemon that runs. Killed, with its log printed, unless it is stopped in good order.
+pub(crate) struct Daemon {
+    child: Child,
+    directory: PathBuf,
+}
+
+impl Daemon {
+    /// Starts a daemon that keeps everything in `directory`, and waits until it answers.
+    pub(crate) fn start(directory: &Path, devices: &[String]) -> Self {
+        let log = std::fs::File::create(directory.join("log")).expect("a log");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snapfenced"));
+        command.arg("--control").arg(directory.join("control")).arg("--state-dir").arg(directory.join("state"));
+        for device in devices {
+            command.arg("--device").arg(device);
+        }
+        let child = command.stdin(Stdio::null()).stderr(log).spawn().expect("a daemon that starts");
+        let mut daemon = Self { child, directory: directory.to_owned() };
+        daemon.wait_until("the control socket", |daemon| Client::connect(&daemon.control()).is_ok());
+        daemon
+    }
+
+    pub(crate) fn control(&self) -> PathBuf {
+        self.directory.join("control")
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        Client::connect(&self.control()).expect("a control socket")
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.join("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn wait_until(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(self) {
+            assert!(self.child.try_wait().expect("a child").is_none(), "the daemon has ended");
+            assert!(Instant::now() < deadline, "waited in vain for {what}");
+            std::thread::sleep(POLL);
+        }
+    }
+
+    fn proc(&self, name: &str) -> PathBuf {
+        Path::new("/proc").join(self.child.id().to_string()).join(name)
+    }
+
+    /// Open descriptors.
+    pub(crate) fn descriptors(&self) -> usize {
+        std::fs::read_dir(self.proc("fd")).expect("a living process").count()
+    }
+
+    /// Threads of its own: the kernel's, which serve its rings, come and go as the kernel likes.
+    pub(crate) fn threads(&self) -> usize {
+        let tasks = std::fs::read_dir(self.proc("task")).expect("a living process");
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        names.filter(|name| !name.starts_with("iou-")).count()
+    }
+
+    /// Memory mappings that are somebody's shared memory: what front-ends have sent.
+    pub(crate) fn guest_mappings(&self) -> usize {
+        std::fs::read_to_string(self.proc("maps")).expect("a living process").lines().filter(|line| line.contains("/memfd:")).count()
+    }
+
+    /// Bytes of memory that are resident.
+    pub(crate) fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(self.proc("status")).expect("a living process");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line about it");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
+    /// Asks it to end, and expects a clean end.
+    pub(crate) fn stop(mut self) {
+        let id = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(id, rustix::process::Signal::TERM).expect("a living process");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Fails only if it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+        }
+    }
+}
