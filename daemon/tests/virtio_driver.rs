@@ -1,23 +1,34 @@
-//! A client without a VM, crate virtio-driver, over the real socket: what it wrote is what it reads, on all queues at once, and in the file.
+//! A client without a VM, crate virtio-driver, over the real socket: what it wrote is what it reads, on all queues at once, and what QEMU reads from
+//! the image afterwards, also while snapshots are taken back to back.
 //!
-//! Random operations of several blocks go to four queues at depth 32. A model of one word per block says what each must contain; blocks with an
-//! operation in flight are left alone. The seed is printed, and taken from `SNAPFENCE_SEED` if that is set.
+//! Random operations of several sectors go to four queues at depth 32. A model of one word per sector says what each must contain; sectors with
+//! an operation in flight are left alone. The seed is printed, and taken from `SNAPFENCE_SEED` if that is set.
 
 mod common;
 
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Host, Served, SharedMemory, options, seed};
+use common::{Host, Served, SharedMemory, block_on, options, seed};
 use rustix::event::{PollFd, PollFlags, poll};
+use snapfence_image_format::chain::Format;
+use snapfence_image_format::stack::{FenceOutcome, Stack};
 use snapfence_image_format::storage::Chance;
+use snapfence_image_format::storage::uring::UringEnvironment;
 use virtio_driver::{
     EventFd, VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags,
 };
 
-const BLOCK: usize = 4096;
+const BLOCK: usize = 512;
 const QUEUES: usize = 4;
+const OPERATIONS: usize = 20_000;
 const DEPTH: usize = 32;
-const MOST_BLOCKS: usize = 8;
+const MOST_BLOCKS: usize = 64;
+const BLOCKS: usize = 32_768;
+const DISK_BYTES: u64 = (BLOCKS * BLOCK) as u64;
 
 /// What a block must contain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,29 +86,107 @@ fn check(bytes: &[u8], expected: Content, block: usize) {
     }
 }
 
-fn random_operations(threads: usize, features: u64, operations: usize) {
-    let mut chance = Chance::new(seed());
-    let blocks = 4096;
-    let host = Host::new(threads);
-    let served = host.serve_raw(options(QUEUES as u16), (blocks * BLOCK) as u64);
-    let mut transport = connect(&served, features);
+/// Sectors to operate on: any, or whole units of 4 KiB.
+fn random_range(chance: &mut Chance) -> (usize, usize) {
+    let unit = if chance.below(2) == 0 { 1 } else { 8 };
+    let count = 1 + chance.below((MOST_BLOCKS / unit) as u64) as usize;
+    let start = chance.below((BLOCKS / unit - count) as u64) as usize;
+    (start * unit, count * unit)
+}
+
+/// Puts one overlay after the other on the device until told to stop. Returns the last, and how many there are.
+fn take_snapshots(host: &Host, stack: &Arc<Stack<UringEnvironment>>, base: (&Path, Format), stop: &AtomicBool) -> (PathBuf, Format, usize) {
+    let (mut top, mut top_format, mut count) = (base.0.to_owned(), base.1, 0);
+    while !stop.load(Ordering::SeqCst) && count < 200 {
+        let name = format!("overlay {count}");
+        let overlay = host.overlay(&name, &top, top_format.name(), DISK_BYTES);
+        let stack = Arc::clone(stack);
+        let fence = host.domain.fence();
+        let outcome = block_on(async move {
+            let view = stack.prepare_overlay(overlay, &fence);
+            let before = stack.publish(view);
+            fence.switch();
+            let outcome = fence.ended().await;
+            stack.freeze_below(before).await.expect("a layer that is brought to rest");
+            outcome
+        });
+        assert_eq!(outcome, FenceOutcome::Released);
+        (top, top_format, count) = (host.path(&format!("{name}.qcow2")), Format::Qcow2, count + 1);
+    }
+    (top, top_format, count)
+}
+
+/// Stops the others also when a test fails.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Setup {
+    threads: usize,
+    features: u64,
+    format: Format,
+    snapshots: bool,
+}
+
+fn random_operations(setup: Setup) {
+    let chance = Chance::new(seed());
+    let host = Host::new(setup.threads);
+    let served = match setup.format {
+        Format::Raw => host.serve_raw(options(QUEUES as u16), DISK_BYTES),
+        Format::Qcow2 => host.serve_qcow2(options(QUEUES as u16), DISK_BYTES),
+    };
+    let stop = AtomicBool::new(!setup.snapshots);
+    let ((top, format, count), model) = std::thread::scope(|scope| {
+        let (host, stop, stack, base) = (&host, &stop, served.device.stack(), (&*served.image, setup.format));
+        let snapshots = scope.spawn(move || take_snapshots(host, stack, base, stop));
+        let model = {
+            let _stop = StopAtEnd(stop);
+            operate(&served, setup, chance)
+        };
+        (snapshots.join().expect("snapshots"), model)
+    });
+    println!("{count} snapshots");
+    assert_eq!(count > 0, setup.snapshots);
+    served.close();
+    let flat = host.path("flat");
+    qemu_img(&["convert", "-f", format.name(), "-O", "raw"], &[&top, &flat]);
+    if format == Format::Qcow2 {
+        qemu_img(&["check", "-f", "qcow2"], &[&top]);
+    }
+    for (block, bytes) in common::read_image(&flat).chunks_exact(BLOCK).enumerate() {
+        check(bytes, model[block], block);
+    }
+}
+
+fn qemu_img(arguments: &[&str], paths: &[&Path]) {
+    let output = Command::new("qemu-img").args(arguments).args(paths).output().expect("qemu-img");
+    assert!(output.status.success(), "qemu-img {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Returns what the disk must contain.
+fn operate(served: &Served, setup: Setup, mut chance: Chance) -> Vec<Content> {
+    let mut transport = connect(served, setup.features);
     let mut queues = VirtioBlkQueue::<Operation>::setup_queues(&mut *transport, QUEUES, 128).expect("queues");
     let memory = SharedMemory::new(QUEUES * DEPTH * MOST_BLOCKS * BLOCK);
     transport.map_mem_region(memory.base() as usize, memory.len, memory.file.as_raw_fd(), 0).expect("memory");
     queues.iter_mut().for_each(|queue| queue.set_used_notif_enabled(true));
-    let calls: Vec<std::sync::Arc<EventFd>> = (0..QUEUES).map(|index| transport.get_completion_fd(index)).collect();
+    let calls: Vec<Arc<EventFd>> = (0..QUEUES).map(|index| transport.get_completion_fd(index)).collect();
 
-    let mut model = vec![Content::Word(0); blocks];
-    let mut is_busy = vec![false; blocks];
+    let mut model = vec![Content::Word(0); BLOCKS];
+    let mut is_busy = vec![false; BLOCKS];
     let mut free: Vec<Vec<usize>> = (0..QUEUES).map(|queue| (queue * DEPTH..(queue + 1) * DEPTH).collect()).collect();
     let (mut started, mut ended, mut next_word) = (0, 0, 1);
-    while ended < operations {
+    while ended < OPERATIONS {
         for index in 0..QUEUES {
             let before = started;
-            while started < operations {
+            while started < OPERATIONS {
                 let Some(&slot) = free[index].last() else { break };
-                let count = 1 + chance.below(MOST_BLOCKS as u64) as usize;
-                let start = chance.below((blocks - count) as u64) as usize;
+                let (start, count) = random_range(&mut chance);
                 if is_busy[start..start + count].iter().any(|busy| *busy) {
                     break;
                 }
@@ -168,23 +257,31 @@ fn random_operations(threads: usize, features: u64, operations: usize) {
             }
         }
     }
-    let image = common::read_image(&served.close());
-    for (block, bytes) in image.chunks_exact(BLOCK).enumerate() {
-        check(bytes, model[block], block);
-    }
+    model
 }
 
 #[test]
 fn what_was_written_is_read_with_a_thread_per_queue() {
-    random_operations(QUEUES, all_features(), 20_000);
+    random_operations(Setup { threads: QUEUES, features: all_features(), format: Format::Raw, snapshots: false });
 }
 
 #[test]
 fn what_was_written_is_read_with_all_queues_on_one_thread() {
-    random_operations(1, all_features(), 20_000);
+    random_operations(Setup { threads: 1, features: all_features(), format: Format::Qcow2, snapshots: false });
 }
 
 #[test]
 fn what_was_written_is_read_without_event_index() {
-    random_operations(2, all_features() & !VirtioFeatureFlags::RING_EVENT_IDX.bits(), 20_000);
+    let features = all_features() & !VirtioFeatureFlags::RING_EVENT_IDX.bits();
+    random_operations(Setup { threads: 2, features, format: Format::Raw, snapshots: false });
+}
+
+#[test]
+fn what_was_written_is_read_through_snapshots_of_a_raw_disk() {
+    random_operations(Setup { threads: QUEUES, features: all_features(), format: Format::Raw, snapshots: true });
+}
+
+#[test]
+fn what_was_written_is_read_through_snapshots_of_a_qcow2_disk() {
+    random_operations(Setup { threads: 2, features: all_features(), format: Format::Qcow2, snapshots: true });
 }

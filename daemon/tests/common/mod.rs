@@ -99,6 +99,21 @@ impl Host {
     }
 }
 
+impl Host {
+    /// A new overlay of our own kind over `top`, ready to take over.
+    pub(crate) fn overlay(&self, name: &str, top: &Path, top_format: &str, bytes: u64) -> Arc<Layer<UringEnvironment>> {
+        let path = self.path(&format!("{name}.qcow2"));
+        make_qcow2(&path, CreateOptions::overlay(bytes, top, top_format));
+        block_on(async move {
+            let file = UringEnvironment.open(&Location::Trusted(path), Access::Write, CacheMode::Direct).await.expect("a file");
+            let layer = Layer::Qcow2(Qcow2::open(file, OpenOptions::writing()).await.expect("an image"));
+            layer.warm().await.expect("space");
+            layer.flush().await.expect("a disk that flushes");
+            Arc::new(layer)
+        })
+    }
+}
+
 /// Writes an empty image.
 pub(crate) fn make_qcow2(path: &Path, options: CreateOptions) {
     let location = Location::Trusted(path.to_owned());
