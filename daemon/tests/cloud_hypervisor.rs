@@ -53,7 +53,7 @@ fn assert_at_rest(machine: &Machine) -> Vec<u8> {
 
 fn finish(machine: &mut Machine) {
     for queue in &mut machine.queues {
-        let done = queue.wait(queue.driver.uncollected().into());
+        let done = queue.wait(queue.uncollected());
         assert_eq!(done.len(), DEPTH, "each request comes back once");
         assert!(done.iter().all(|done| done.status == 0), "{done:?}");
         assert_eq!(queue.driver.outstanding(), 0);

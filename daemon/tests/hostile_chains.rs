@@ -344,7 +344,7 @@ fn a_broken_queue_still_drains_and_starts_again() {
     machine.queues[0].driver.jump(0);
     link.start_queue(&machine, 0, base);
     link.set_enabled(1, true);
-    let outstanding = machine.queues[0].driver.uncollected().into();
+    let outstanding = machine.queues[0].uncollected();
     assert_eq!(machine.queues[0].wait(outstanding).len(), 1);
     assert_eq!(machine.queues[0].request(FLUSH, 0, Data::None).status, 0);
     both.assert_undisturbed("the jump");

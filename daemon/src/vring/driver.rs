@@ -142,11 +142,6 @@ impl Driver {
         completed
     }
 
-    /// What the driver's index in the available ring is.
-    pub(crate) fn available_index(&self) -> u16 {
-        self.avail
-    }
-
     /// What the device's index in the used ring is.
     pub(crate) fn used_index(&self) -> u16 {
         self.load(self.layout.used + 2)
@@ -155,11 +150,6 @@ impl Driver {
     /// Available chains that the device has not given back.
     pub(crate) fn outstanding(&self) -> u16 {
         self.avail.wrapping_sub(self.used_index())
-    }
-
-    /// Available chains that [`completed`](Self::completed) has not told of.
-    pub(crate) fn uncollected(&self) -> u16 {
-        self.avail.wrapping_sub(self.used)
     }
 
     /// With the event index: asks for an interrupt at this used index.

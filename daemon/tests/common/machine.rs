@@ -64,6 +64,8 @@ pub(crate) struct Queue {
     pub(crate) call: OwnedFd,
     /// Where its slots are.
     slots: u64,
+    /// The used index up to which completions have been fetched.
+    collected: u16,
 }
 
 /// A request that has come back.
@@ -96,6 +98,7 @@ impl Machine {
                     kick: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd"),
                     call: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd"),
                     slots: DATA + index * (SLOTS * SLOT_BYTES) as u64,
+                    collected: 0,
                 }
             })
             .collect();
@@ -155,7 +158,7 @@ impl Link {
             self.frontend.set_vring_num(index, queue.driver.layout.size).expect("an answer");
         }
         for (index, queue) in machine.queues.iter().enumerate() {
-            self.start_queue(machine, index, queue.driver.available_index());
+            self.start_queue(machine, index, queue.available_index());
         }
         self.set_enabled(machine.queues.len(), true);
     }
@@ -236,6 +239,16 @@ impl Queue {
         self.driver.read(self.status_at(slot), 1)[0]
     }
 
+    /// Where the driver is in the available ring.
+    pub(crate) fn available_index(&self) -> u16 {
+        self.driver.load(self.driver.layout.available + 2)
+    }
+
+    /// Requests whose completion has not been fetched.
+    pub(crate) fn uncollected(&self) -> usize {
+        self.available_index().wrapping_sub(self.collected).into()
+    }
+
     pub(crate) fn kick(&self) {
         rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).expect("room");
     }
@@ -277,6 +290,7 @@ impl Queue {
     /// What has come back since the last call.
     pub(crate) fn completed(&mut self) -> Vec<Done> {
         let used = self.driver.completed();
+        self.collected = self.collected.wrapping_add(used.len() as u16);
         used.into_iter()
             .map(|used| {
                 let slot = usize::from(used.head / 3);
