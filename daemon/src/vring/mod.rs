@@ -13,7 +13,6 @@ pub mod ring;
 pub mod signal;
 
 #[cfg(test)]
-#[expect(dead_code, reason = "the tests of the whole daemon use it as well, and need more of it")]
 pub(crate) mod driver;
 
 pub use memory::GuestMemory;
