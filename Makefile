@@ -1,6 +1,7 @@
 # make demo    a guest boots from snapfence stacks and is snapshotted live; ends with a table and a plot
 # make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests
 # make build   the programs, optimised
+# make bench   what finding a place in a chain costs, at different depths
 # make guest   the guest that the tests and the demo boot
 # make install what this machine lacks for the above, from Debian's packages
 # make fmt, make lint, make clean
@@ -9,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test build guest install fmt fmt-check lint doc clean
+.PHONY: demo test build bench guest install fmt fmt-check lint doc clean
 
 # The folder that cargo builds into; the scripts use the same.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -27,6 +28,10 @@ test: install fmt-check lint doc
 
 build: install
 	@cargo build --release --workspace --bins
+
+bench: install
+	@cargo build --release --package snapfence-benches
+	@$(TARGET)/release/lookup
 
 guest: install
 	@tests/guest/build.sh root
