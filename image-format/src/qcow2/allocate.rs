@@ -52,6 +52,8 @@ pub(super) struct Allocator {
     batch_bytes: u64,
     /// The last attempt to fill up failed: only those who need a cluster try again.
     starved: bool,
+    /// Refcount blocks of clusters that are being appended, or were last: they stay in memory.
+    appending: Range<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -78,6 +80,7 @@ impl Allocator {
             limit: None,
             batch_bytes: FIRST_BATCH_BYTES,
             starved: false,
+            appending: 0..0,
         }
     }
 
@@ -283,7 +286,9 @@ impl<E: Environment> Inner<E> {
                 (allocator.end, plan, allocator.limit)
             };
             let per_block = geometry.refcounts_per_block();
-            for index in end / per_block..=(end + plan.total() - 1) / per_block {
+            let blocks = end / per_block..(end + plan.total()).div_ceil(per_block);
+            self.allocator().appending = blocks.clone();
+            for index in blocks {
                 self.load_refcounts(index, turn).await?;
             }
             let at = geometry.host_offset(HostCluster(end));
@@ -335,11 +340,11 @@ impl<E: Environment> Inner<E> {
         let len = self.format.geometry.cluster_len();
         let bytes = self.file.read_bytes(at, len).await.map_err(|error| LayerError::io("read", what, at, error))?;
         let mut allocator = self.allocator();
-        let Allocator { refcounts, ready, geometry, .. } = &mut *allocator;
+        let Allocator { refcounts, ready, geometry, appending, .. } = &mut *allocator;
         let per_block = geometry.refcounts_per_block();
         // Taking a cluster that is ready must find its block in memory.
-        let needed =
-            |index: u64| ready.iter().any(|run| run.clusters.start / per_block <= index && index <= (run.clusters.end - 1) / per_block);
+        let is_ready = |run: &ReadyRun, index| (run.clusters.start / per_block..run.clusters.end.div_ceil(per_block)).contains(&index);
+        let needed = |index: u64| appending.contains(&index) || ready.iter().any(|run| is_ready(run, index));
         refcounts.insert(index, &bytes, needed);
         Ok(())
     }

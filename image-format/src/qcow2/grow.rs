@@ -66,11 +66,8 @@ impl<E: Environment> Qcow2<E> {
         }
         inner.clear_rest_of_last_unit(old_size, shows_through).await?;
         inner.lengthen_l1(new_size).await?;
-        if let Some(beneath) = beneath {
-            let unit = inner.format.geometry.subcluster_bytes();
-            let [start, end] = [old_size, beneath.min(new_size)].map(|at| GuestOffset::new(at).align_up(unit));
-            inner.unmap_range(GuestRange::between(start, end), Become::Zero { keep_space: false }, &|_| {}).await?;
-        }
+        let become_what = if shows_through { Become::Zero { keep_space: false } } else { Become::Unallocated };
+        inner.unmap_range(inner.unmapped_by_growth(old_size, new_size, beneath), become_what, &|_| {}).await?;
         inner
             .write_back_and(async |inner: &Inner<E>| {
                 inner.header().size = new_size;
@@ -103,17 +100,27 @@ impl<E: Environment> Inner<E> {
         }
     }
 
+    /// The mapping units past the end of the disk that are in the last cluster, or that a longer image beneath would show through.
+    fn unmapped_by_growth(&self, size: u64, new_size: u64, beneath: Option<u64>) -> GuestRange {
+        let geometry = &self.format.geometry;
+        let [size, beneath] = [size, beneath.unwrap_or(0).min(new_size)].map(GuestOffset::new);
+        let end = size.align_up(geometry.cluster_bytes()).max(beneath.align_up(geometry.subcluster_bytes()));
+        GuestRange::between(size.align_up(geometry.subcluster_bytes()), end)
+    }
+
     /// Sees to it that the part of the last mapping unit past the end of the disk, if there is one, reads as zeros.
     async fn clear_rest_of_last_unit(&self, size: u64, shows_through: bool) -> Result<(), GrowError> {
         let end = GuestOffset::new(size);
-        let unit_end = end.align_up(self.format.geometry.subcluster_bytes());
-        if unit_end == end {
+        if end.is_aligned(self.format.geometry.cluster_bytes()) {
             return Ok(());
         }
+        let unit_end = end.align_up(self.format.geometry.subcluster_bytes());
         let last = GuestRange::new(GuestOffset::new(size - 512), 512);
         let mut extents = ExtentList::new();
         self.map(last, &mut extents).await?;
         match extents.as_slice().first().map(|extent| extent.mapping) {
+            Some(Mapping::Compressed) => Err(GrowError::Tail),
+            _ if unit_end == end => Ok(()),
             Some(Mapping::Data { host, in_place: true }) => {
                 let at = host + last.len;
                 let zeros = vec![0; usize::try_from(unit_end - end).expect("less than a cluster")];
@@ -122,7 +129,7 @@ impl<E: Environment> Inner<E> {
             }
             Some(Mapping::Zero) | None => Ok(()),
             Some(Mapping::Unallocated) if !shows_through => Ok(()),
-            Some(Mapping::Unallocated | Mapping::Compressed | Mapping::Data { .. }) => Err(GrowError::Tail),
+            Some(Mapping::Unallocated | Mapping::Data { .. }) => Err(GrowError::Tail),
         }
     }
 

@@ -178,13 +178,13 @@ impl<E: Environment> Inner<E> {
         };
         state.set(index, new, &self.format);
         self.mark_dirty(slice, &mut state);
+        drop(state);
+        // The shard is still locked: nobody can map these bytes anew before this change is known.
+        changed(Extent { range, mapping: become_what.mapping() });
         let keeps_host = matches!(old, Entry::Standard(standard) if standard.host == new.host);
         if !keeps_host {
             self.unmap_entry(old);
         }
-        drop(state);
-        // The shard is still locked: nobody can map these bytes anew before this change is known.
-        changed(Extent { range, mapping: become_what.mapping() });
         Ok(Some(()))
     }
 
@@ -197,43 +197,55 @@ impl<E: Environment> Inner<E> {
     }
 
     /// Lowers the refcount of clusters that nothing refers to and nobody writes to. Those that reach zero are punched out of the file and may
-    /// be used again.
+    /// be used again. After an error the rest waits for the next call.
     pub(super) async fn lower(&self, mut clusters: Vec<HostOffset>, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
         let geometry = self.format.geometry;
         clusters.sort_unstable();
         let mut freed: Vec<Range<u64>> = Vec::new();
-        for at in clusters {
+        let mut result = Ok(());
+        let mut done = 0;
+        for &at in &clusters {
             let cluster = geometry.host_cluster(at);
-            let (index, _) = geometry.locate_refcount(cluster);
-            self.load_refcounts(index, turn).await?;
-            let mut allocator = self.allocator();
-            match allocator.refcounts.get(cluster) {
-                Some(count) if count > 0 => {
-                    allocator.refcounts.set(cluster, count - 1);
-                    if count > 1 {
-                        continue;
-                    }
-                }
-                _ => {
-                    drop(allocator);
-                    let detail = "a cluster that was in use has the refcount zero";
-                    return Err(self.fail(LayerError::Corrupt { what: Structure::RefcountBlock, at, detail }));
+            match self.lower_one(cluster, turn).await {
+                Ok(false) => {}
+                Ok(true) => match freed.last_mut() {
+                    Some(run) if run.end == cluster.0 => run.end += 1,
+                    _ => freed.push(cluster.0..cluster.0 + 1),
+                },
+                Err(error) => {
+                    result = Err(error);
+                    break;
                 }
             }
-            drop(allocator);
-            self.metadata_mut().remove(cluster.0);
-            match freed.last_mut() {
-                Some(run) if run.end == cluster.0 => run.end += 1,
-                _ => freed.push(cluster.0..cluster.0 + 1),
-            }
+            done += 1;
         }
+        self.unmapped().ready.extend_from_slice(&clusters[done..]);
         for run in freed {
             let at = geometry.host_offset(HostCluster(run.start));
             // Space that cannot be given back is still free for us; nothing depends on the punch.
             let _ = self.file.punch(at, (run.end - run.start) * geometry.cluster_bytes()).await;
             self.allocator().add_free(run);
         }
-        Ok(())
+        result
+    }
+
+    /// Takes one off a refcount. Whether it is zero now.
+    async fn lower_one(&self, cluster: HostCluster, turn: &TurnGuard<'_>) -> Result<bool, LayerError> {
+        let geometry = &self.format.geometry;
+        self.load_refcounts(geometry.locate_refcount(cluster).0, turn).await?;
+        let mut allocator = self.allocator();
+        let count = allocator.refcounts.get(cluster).unwrap_or(0);
+        if count == 0 {
+            drop(allocator);
+            let (what, at) = (Structure::RefcountBlock, geometry.host_offset(cluster));
+            return Err(self.fail(LayerError::Corrupt { what, at, detail: "a cluster that was in use has the refcount zero" }));
+        }
+        allocator.refcounts.set(cluster, count - 1);
+        drop(allocator);
+        if count == 1 {
+            self.metadata_mut().remove(cluster.0);
+        }
+        Ok(count == 1)
     }
 }
 

@@ -242,7 +242,8 @@ impl<E: Environment> Inner<E> {
     }
 
     /// A standard cluster that the mapping does not refer to any more, or bytes of compressed ones: to be freed once that is durable. Call
-    /// with the slice locked, after [`mark_dirty`](Self::mark_dirty).
+    /// with the cluster's shard locked, after the slice has been marked dirty and everybody has been told: once a write-back sees it here, who
+    /// begins to look for these bytes must not be led to it any more.
     ///
     /// Clusters with metadata, to which no sound entry points, are never freed: they end all writing instead.
     pub(super) fn unmap_entry(&self, entry: Entry) {
@@ -286,13 +287,13 @@ impl<E: Environment> Allocation<E> {
                 let new = self.mapped(old);
                 state.set(self.index, new, &inner.format);
                 inner.mark_dirty(&self.slice, &mut state);
+                drop(state);
+                // The shard is still locked: nobody can change the mapping of these bytes again before this change is known.
+                publish();
                 match old {
                     Entry::Standard(standard) if standard.host == new.host => {}
                     old => inner.unmap_entry(old),
                 }
-                drop(state);
-                // The shard is still locked: nobody can change the mapping of these bytes again before this change is known.
-                publish();
             }
             Err(detail) => {
                 // It made sense when it was reserved, and only we change it.
@@ -317,11 +318,13 @@ impl<E: Environment> Allocation<E> {
         Standard { host: Some(self.host), copied: true, allocated: kept.allocated | self.mask, zero: kept.zero & !self.mask }
     }
 
-    /// Zeros in the part of the last mapping unit that lies past the end of the disk: it shows when the disk grows.
+    /// Zeros in what is reserved past the end of the disk: it shows when the disk grows.
     async fn clear_tail(&self) -> Result<(), LayerError> {
+        let geometry = &self.inner.format.geometry;
         let end = self.range.end();
-        let unit_end = end.align_up(self.inner.format.geometry.subcluster_bytes());
-        if self.reads_zero || end == unit_end || end.get() != self.inner.virtual_size() {
+        let units = u64::from(u32::BITS - self.mask.leading_zeros());
+        let unit_end = geometry.guest_offset(self.cluster) + units * geometry.subcluster_bytes();
+        if self.reads_zero || end >= unit_end || end.get() != self.inner.virtual_size() {
             return Ok(());
         }
         let at = self.host() + self.range.len;

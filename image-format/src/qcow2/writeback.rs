@@ -9,7 +9,7 @@
 //! Steps without anything to write cost nothing; the flush of step 3 always happens. Afterwards clusters that lost their last reference in
 //! steps 2 to 4 may be freed.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::{AlignedBuffer, Buffer};
 use crate::error::{LayerError, Structure};
@@ -20,6 +20,7 @@ use crate::units::HostOffset;
 use super::Inner;
 use super::geometry::{HostCluster, SliceKey};
 use super::l1::{L1Writes, table_bytes};
+use super::l2::Slice;
 use super::refcount::RefcountWrites;
 
 /// Writes under way at the same time.
@@ -104,13 +105,31 @@ impl Drop for Round<'_> {
     }
 }
 
+/// Slices of a round: kept in memory until they are written, because the file has older ones. If they never are, they count as dirty again, so
+/// that reads go on seeing them.
+struct HeldSlices<'a> {
+    slices: Vec<Arc<Slice>>,
+    dirty: &'a Mutex<Vec<Arc<Slice>>>,
+}
+
+impl HeldSlices<'_> {
+    fn written(mut self) {
+        self.slices.clear();
+    }
+}
+
+impl Drop for HeldSlices<'_> {
+    fn drop(&mut self) {
+        self.dirty.lock().unwrap_or_else(PoisonError::into_inner).append(&mut self.slices);
+    }
+}
+
 /// Everything that one round writes, copied at one time.
-struct Batch {
+struct Batch<'a> {
     /// Free once the round is durable.
     pending: Vec<HostOffset>,
     slices: Vec<(HostOffset, AlignedBuffer)>,
-    /// Keeps the slices in memory until they are written: the file has older ones.
-    _held: Vec<std::sync::Arc<super::l2::Slice>>,
+    held: HeldSlices<'a>,
     l1: L1Writes,
     refcounts: RefcountWrites,
 }
@@ -162,7 +181,7 @@ impl<E: Environment> Inner<E> {
 
     /// One round. Only in a round.
     pub(super) async fn write_back_once(&self) -> Result<(), LayerError> {
-        let Batch { pending, slices, _held: held, l1, refcounts } = self.take_batch();
+        let Batch { pending, slices, held, l1, refcounts } = self.take_batch();
         let RefcountWrites { blocks, entries, moved_to, retired } = refcounts;
         let L1Writes { zero_tables, initialised, sectors, moved } = l1;
         let table_changes = !entries.is_empty() || moved_to.is_some();
@@ -188,7 +207,7 @@ impl<E: Environment> Inner<E> {
         self.write_all(slices, Structure::L2Table).await?;
         self.write_all(sectors, Structure::L1Table).await?;
         self.flush_device().await?;
-        drop(held);
+        held.written();
         let geometry = &self.format.geometry;
         let mut old_l1 = 0..0;
         if let Some(moved) = moved {
@@ -208,7 +227,7 @@ impl<E: Environment> Inner<E> {
     /// Copies everything that is newer than the file. The order matters: what is taken later may only be more than what belongs to the things
     /// taken before. Clusters to be freed first, then the entries that no longer point to them, then the tables with those entries, then the
     /// counts of all that the entries point to.
-    fn take_batch(&self) -> Batch {
+    fn take_batch(&self) -> Batch<'_> {
         let pending = std::mem::take(&mut self.unmapped().pending);
         let held = std::mem::take(&mut *self.dirty.lock().unwrap_or_else(PoisonError::into_inner));
         let mut copies: Vec<(SliceKey, AlignedBuffer)> = Vec::with_capacity(held.len());
@@ -227,7 +246,7 @@ impl<E: Environment> Inner<E> {
         let l1_writes = l1.take_writes(&self.format.geometry);
         drop(l1);
         let refcounts = self.allocator().refcounts.take_writes();
-        Batch { pending, slices, _held: held, l1: l1_writes, refcounts }
+        Batch { pending, slices, held: HeldSlices { slices: held, dirty: &self.dirty }, l1: l1_writes, refcounts }
     }
 
     /// Writes many pieces, some at a time.

@@ -23,8 +23,8 @@ impl<E: Environment> Stack<E> {
         let beneath = layers.len().checked_sub(2).map(|beneath| layers[beneath].virtual_size());
         image.admit_growth(new_size)?;
         let size = self.virtual_size();
-        if !size.is_multiple_of(image.geometry().subcluster_bytes()) {
-            // The last mapping unit becomes the top layer's own, with zeros in the part past the end of the disk.
+        if !size.is_multiple_of(image.geometry().cluster_bytes()) {
+            // The last cluster becomes the top layer's own, with zeros in the part past the end of the disk.
             let last = GuestOffset::new(size - SECTOR_BYTES);
             let (result, sector) = view.read(last, AlignedBuffer::zeroed(512).into()).await;
             result?;

@@ -2,6 +2,7 @@
 //!
 //! - `random`: random requests of one thread, over every layout, with and without a backing file.
 //! - `threads`: the same from several threads at once.
+//! - `faults`: a medium that fails or is full.
 //! - `grow`: disks that become larger.
 //! - `crash`: the power goes off in the middle of making, repairing, growing, freezing.
 //! - `open`: what opening for writing repairs, forgets, keeps and refuses.
@@ -9,6 +10,7 @@
 
 mod crash;
 mod disk;
+mod faults;
 mod grow;
 mod open;
 mod random;

@@ -11,7 +11,7 @@ use snapfence_image_format::storage::{Access, Chance};
 use crate::disk::{Model, expect_disk, on_a_ring, open_file, open_real};
 use crate::tools::{Scratch, Verdict};
 
-const BATCHES: u32 = 40;
+const BATCHES: u32 = 25;
 
 /// Where an image comes from.
 #[derive(Clone, Debug)]
