@@ -135,7 +135,16 @@ impl<'a, S: Storage> Walk<'a, S> {
         }
         self.count(at, u64::from(entries) * 8, times, what)?;
         let words = self.read_words(at, entries as usize * 8, what).await?;
-        for (index, &word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
+        let mut next = 0;
+        // Equal neighbours together: a hostile table may name one place millions of times.
+        for equal in words.chunk_by(|one, other| one == other) {
+            let (index, word) = (next, equal[0]);
+            next += equal.len();
+            if word == 0 {
+                continue;
+            }
+            let users = Users { active: users.active * equal.len() as u64, snapshots: users.snapshots * equal.len() as u64 };
+            let times = users.active + users.snapshots;
             let fault = |detail| Fault::Entry { what, at: at + index as u64 * 8, word, detail };
             if word & L1_RESERVED != 0 {
                 self.reporter.found(fault("reserved bits are set"), times);
