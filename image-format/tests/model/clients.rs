@@ -64,18 +64,19 @@ impl Shared {
     }
 }
 
-/// One client: does one thing after another, anywhere from sector `first` on.
-pub(crate) async fn client<D: Disk>(disk: Arc<D>, shared: Rc<Shared>, mut chance: Chance, operations: u64, first: u64) {
+/// One client: does one thing after another on any of the disks, anywhere from sector `first` on.
+pub(crate) async fn client<D: Disk>(disks: Vec<(Arc<D>, Rc<Shared>)>, mut chance: Chance, operations: u64, first: u64) {
     for _ in 0..operations {
+        let (disk, shared) = &disks[chance.index(disks.len())];
         let room = shared.history.borrow().sectors() - first;
         let range = some_sectors(&mut chance, room);
         let range = range.start + first..range.end + first;
         match chance.below(100) {
-            0..40 => write(&*disk, &shared, &mut chance, range).await,
-            40..70 => read(&*disk, &shared, &mut chance, range).await,
-            70..78 => zero(&*disk, &shared, range, chance.happens(1, 2)).await,
-            78..86 => discard(&*disk, &shared, range).await,
-            _ => drop(flush(&*disk, &shared).await),
+            0..40 => write(&**disk, shared, &mut chance, range).await,
+            40..70 => read(&**disk, shared, &mut chance, range).await,
+            70..78 => zero(&**disk, shared, range, chance.happens(1, 2)).await,
+            78..86 => discard(&**disk, shared, range).await,
+            _ => drop(flush(&**disk, shared).await),
         }
     }
 }

@@ -14,12 +14,12 @@ use crate::workload::{Plan, run, run_with};
 
 #[test]
 fn a_file_keeps_what_was_flushed() {
-    for_seeds("file", 50, |seed| run(FileSubject, Plan::new(seed)));
+    for_seeds("file", 500, |seed| run(FileSubject, Plan::new(seed)));
 }
 
 #[test]
 fn a_file_whose_operations_fail_keeps_what_was_flushed() {
-    for_seeds("file with faults", 50, |seed| {
+    for_seeds("file with faults", 500, |seed| {
         let kind = [OperationKind::Write, OperationKind::Flush, OperationKind::Punch, OperationKind::Read][seed as usize % 4];
         run_with(FileSubject, Plan::new(seed), |environment| {
             environment.inject(if seed & 4 == 0 { Fault::once(kind, seed / 4) } else { Fault::lasting(kind, seed / 4) });
@@ -96,7 +96,7 @@ impl Disk for DefectiveDisk {
 
 /// Whether the oracle finds the defect within a few seeds.
 fn is_found(defect: Defect, prepare: impl Fn(&SimulatedEnvironment) -> bool + std::panic::RefUnwindSafe) -> bool {
-    (0..10).any(|seed| {
+    (0..100).any(|seed| {
         let found = std::panic::catch_unwind(|| run_with(DefectiveSubject(defect), Plan::new(seed), &prepare));
         found.is_err()
     })

@@ -274,8 +274,8 @@ impl History {
     }
 
     /// The disk goes on with these values after a crash. Values are not used again.
-    pub(crate) fn recovered(&self, values: Vec<Value>) -> Self {
-        Self { next_value: self.next_value, ..Self::new(Clock::default(), values) }
+    pub(crate) fn recovered(&self, clock: Clock, values: Vec<Value>) -> Self {
+        Self { next_value: self.next_value, ..Self::new(clock, values) }
     }
 
     /// The order of all that begins and ends.

@@ -29,6 +29,12 @@ impl Journal {
         Rc::new(Self { clock, ..Self::default() })
     }
 
+    /// For disks that go on after a crash.
+    pub(crate) fn after(before: &Self, clock: Clock) -> Rc<Self> {
+        let lines = before.lines.clone();
+        Rc::new(Self { clock, lines, ..Self::default() })
+    }
+
     /// Takes note of something.
     pub(crate) fn note(&self, what: impl Display) {
         self.lines.borrow_mut().push(format!("{:>6} {what}", self.clock.now()));

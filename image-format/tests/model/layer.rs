@@ -238,12 +238,12 @@ impl Subject for RawSubject {
 
 #[test]
 fn a_raw_image_keeps_what_was_flushed() {
-    for_seeds("raw", 10, |seed| run(RawSubject, Plan::new(seed)));
+    for_seeds("raw", 300, |seed| run(RawSubject, Plan::new(seed)));
 }
 
 #[test]
 fn a_raw_image_whose_operations_fail_keeps_what_was_flushed() {
-    for_seeds("raw with faults", 20, |seed| {
+    for_seeds("raw with faults", 300, |seed| {
         let kind = [OperationKind::Write, OperationKind::Flush, OperationKind::Punch, OperationKind::Read][seed as usize % 4];
         run_with(RawSubject, Plan::new(seed), |environment| {
             environment.inject(if seed & 4 == 0 { Fault::once(kind, seed / 4) } else { Fault::lasting(kind, seed / 4) });

@@ -74,7 +74,7 @@ impl Subject for Qcow2Subject {
 
 #[test]
 fn a_qcow2_image_keeps_what_was_flushed() {
-    for_seeds("qcow2", 100, |seed| {
+    for_seeds("qcow2", 200, |seed| {
         let plan = Plan::new(seed);
         run(Qcow2Subject::new(&plan), plan)
     });
@@ -90,7 +90,7 @@ fn a_qcow2_image_whose_operations_fail_keeps_what_was_flushed() {
         OperationKind::Allocate,
         OperationKind::SetLen,
     ];
-    for_seeds("qcow2 with faults", 100, |seed| {
+    for_seeds("qcow2 with faults", 300, |seed| {
         let plan = Plan::new(seed);
         run_with(Qcow2Subject::new(&plan), plan, |environment| {
             let mut chance = Chance::new(seed ^ 0xfa17);

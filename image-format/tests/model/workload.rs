@@ -1,6 +1,7 @@
 //! One disk, its clients, and crashes at every step.
 
 use std::cell::RefCell;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use snapfence_image_format::units::GuestOffset;
 use crate::clients::{Shared, client};
 use crate::disk::{Disk, Subject};
 use crate::history::{Clock, History};
+use crate::journal::Journal;
 use crate::pattern::{SECTOR, Value};
 
 /// How much is done, and what.
@@ -38,7 +40,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Mostly short histories that are cut at every effect, and some long ones that are cut now and then.
+    /// Mostly short histories that are cut now and then, some that are cut at every effect, and some long ones.
     pub(crate) fn new(seed: u64) -> Self {
         let mut chance = Chance::new(seed ^ 0x91a4);
         // Sizes that are no multiple of what images are made of, too.
@@ -49,13 +51,17 @@ impl Plan {
             sectors,
             clients,
             threads,
-            operations: 3,
-            crash_every: 1,
+            operations: 4,
+            crash_every: 96,
             crash_states: 2,
-            second_crash_every: 32,
+            second_crash_every: 16,
             check_every: 64,
         };
-        if chance.happens(7, 8) { plan } else { Self { operations: 40, crash_every: 16, crash_states: 4, ..plan } }
+        match chance.below(64) {
+            0..2 => Self { crash_every: 1, ..plan },
+            2..8 => Self { operations: 40, crash_every: 256, crash_states: 4, ..plan },
+            _ => plan,
+        }
     }
 }
 
@@ -72,6 +78,8 @@ pub(crate) struct Report {
     pub(crate) checks: u64,
     /// Snapshots that were compared.
     pub(crate) snapshots: u64,
+    /// Tells whether two runs did the same, operation by operation.
+    pub(crate) fingerprint: u64,
 }
 
 impl std::ops::AddAssign for Report {
@@ -81,6 +89,7 @@ impl std::ops::AddAssign for Report {
         self.crash_states += other.crash_states;
         self.checks += other.checks;
         self.snapshots += other.snapshots;
+        self.fingerprint ^= other.fingerprint;
     }
 }
 
@@ -121,6 +130,7 @@ pub(crate) fn run_with<S: Subject>(subject: S, plan: Plan, prepare: impl FnOnce(
         shared.history.borrow_mut().end_flush(flushing, true);
         check_crash(&subject, &shared, &environment.crash(), &plan, Ending::Orderly);
     }
+    shared.report.borrow_mut().fingerprint = fingerprint(&environment);
     check_crash(&subject, &shared, &environment.restarted(), &plan, if faults { Ending::Crash } else { Ending::Orderly });
     *shared.report.borrow()
 }
@@ -130,7 +140,7 @@ fn start_clients<D: Disk>(simulation: &mut Simulation, disk: &Arc<D>, shared: &R
     let executors: Vec<_> = (0..plan.threads).map(|_| simulation.add_executor()).collect();
     let mut chance = Chance::new(plan.seed ^ 0xc11e_4275);
     for number in 0..plan.clients {
-        let task = client(Arc::clone(disk), Rc::clone(shared), chance.fork(), plan.operations, 0);
+        let task = client(vec![(Arc::clone(disk), Rc::clone(shared))], chance.fork(), plan.operations, 0);
         executors[number as usize % executors.len()].spawn(task);
     }
 }
@@ -182,20 +192,25 @@ fn check_crash<S: Subject>(subject: &Rc<S>, shared: &Rc<Shared>, state: &Simulat
         return;
     }
     let plan = Plan { seed: plan.seed ^ state.seed(), operations: 8, crash_every: 4, crash_states: 2, second_crash_every: 0, ..*plan };
-    let history = shared.history.borrow().recovered(values);
-    let again = Rc::new(Shared {
-        history: RefCell::new(history),
-        report: Rc::default(),
-        journal: Rc::clone(&shared.journal),
-        faults: false,
-        ..**shared
-    });
+    let clock = Clock::default();
+    let history = RefCell::new(shared.history.borrow().recovered(clock.clone(), values));
+    let again =
+        Rc::new(Shared { report: Rc::default(), journal: Journal::after(&shared.journal, clock), history, faults: false, ..**shared });
     again.journal.note(format_args!("goes on after the crash to state {:#x}", state.seed()));
     start_clients(&mut simulation, &disk, &again, &plan);
     drive(&mut simulation, subject, &again, &plan);
     simulation.block_on(Rc::clone(subject).close(Arc::clone(&disk))).unwrap_or_else(|error| again.fail(context(error)));
     let looked_at = *again.report.borrow();
     *shared.report.borrow_mut() += looked_at;
+}
+
+/// A number for everything that has happened on a medium.
+pub(crate) fn fingerprint(environment: &SimulatedEnvironment) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for operation in environment.log() {
+        format!("{operation:?}").hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 /// All bytes of a disk.

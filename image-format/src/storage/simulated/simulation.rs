@@ -77,6 +77,11 @@ impl Simulation {
         executor
     }
 
+    /// An executor for a thread that is added later, with a loop of its own.
+    pub fn new_executor(&self) -> Executor {
+        Executor::new(NoUnpark)
+    }
+
     /// Adds a thread with a loop of its own.
     pub fn add_thread(&mut self, thread: impl SimulatedThread + 'static) {
         self.threads.push(Box::new(thread));
