@@ -80,9 +80,12 @@ impl Snapshots {
         let mut old_views = Vec::new();
         for (&disk, view) in disks.iter().zip(views) {
             old_views.push(self.stacks[disk].publish(view));
-            // Other threads do not stand still meanwhile.
+            // Other threads do not stand still meanwhile, even if this one does.
             for _ in 0..chance.below(3) {
                 next_turn().await;
+            }
+            if chance.happens(1, 4) {
+                self.environment.sleep_until(self.environment.now() + Duration::from_nanos(chance.below(2_000_000))).await;
             }
         }
         fence.switch();
