@@ -90,6 +90,8 @@ struct Ledger {
     ended: RefCell<Vec<Used>>,
     /// Bytes of the chains that have not.
     bytes_in_flight: Cell<u64>,
+    /// The ring is gone: the driver may use the memory of its requests for something else.
+    is_closed: Cell<bool>,
 }
 
 /// Whether chains are taken.
@@ -102,6 +104,12 @@ enum Flow {
     Stopping(Answer<u16>),
     /// Never again, by the driver's fault, until the ring is started again; those wait for nothing to be in flight.
     Broken(Vec<Answer<()>>),
+}
+
+impl<B> Drop for Running<B> {
+    fn drop(&mut self) {
+        self.ledger.is_closed.set(true);
+    }
 }
 
 impl<B> Running<B> {
@@ -372,6 +380,9 @@ impl<E: Environment> Task<E> {
         };
         // Nothing of the answer may be seen before the fence is passed, the status byte included.
         view.completions_released().await;
+        if ledger.is_closed.get() {
+            return;
+        }
         let written = match parsed.status {
             Some(place) => {
                 place.copy_in(0, &[status as u8]);
