@@ -181,15 +181,19 @@ impl<E: Environment, B> Queue<E, B> {
             },
             Command::Kick(kick) => running._bell = doorbells.watch(kick.into()),
             Command::Call(call) => {
-                // What was given back while there was none is made up for. One call too many is harmless.
-                if running.call.is_none()
-                    && let Some(call) = &call
-                {
+                // What was given back just now, through the descriptor that the front-end does not look at any more, is made up for. One call
+                // too many is harmless.
+                if let Some(call) = &call {
                     call.raise();
                 }
                 running.call = call;
             }
-            Command::Error(error) => running.error = error,
+            Command::Error(error) => {
+                if let (Flow::Broken(_), Some(error)) = (&running.flow, &error) {
+                    error.raise();
+                }
+                running.error = error;
+            }
             Command::Memory { memory, answer } => {
                 let before = std::mem::replace(&mut running.memory_in_use, Rc::new(()));
                 running.memories_before.push((before, answer));
