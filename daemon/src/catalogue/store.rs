@@ -199,24 +199,28 @@ impl Store {
         transaction.commit().map_err(write_error)
     }
 
-    /// Drops the record of a device, and the snapshots in which it takes part.
+    /// Drops the record of a device and its part in every snapshot. The others' parts stay: an intent may be all that tells where they write.
     ///
     /// # Errors
     /// If the database cannot be written.
     pub fn forget_device(&mut self, name: &str) -> Result<(), CatalogueError> {
-        let members: Vec<String> = self
-            .snapshots()?
-            .into_iter()
-            .filter(|snapshot| snapshot.devices.iter().any(|member| member.device == name))
-            .map(|snapshot| snapshot.name)
-            .collect();
+        let mut changed = self.snapshots()?;
+        changed.retain_mut(|snapshot| {
+            let before = snapshot.devices.len();
+            snapshot.devices.retain(|member| member.device != name);
+            snapshot.devices.len() < before
+        });
         let transaction = self.database.begin_write().map_err(write_error)?;
         {
             let mut layers = transaction.open_table(LAYERS).map_err(write_error)?;
             layers.retain_in((name, 0)..=(name, u32::MAX), |_, _| false).map_err(write_error)?;
             let mut snapshots = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
-            for snapshot in &members {
-                snapshots.remove(snapshot.as_str()).map_err(write_error)?;
+            for snapshot in &changed {
+                if snapshot.devices.is_empty() {
+                    snapshots.remove(snapshot.name.as_str()).map_err(write_error)?;
+                } else {
+                    put_snapshot(&mut snapshots, snapshot)?;
+                }
             }
         }
         transaction.commit().map_err(write_error)
@@ -289,7 +293,7 @@ impl Store {
         state: SnapshotState,
         error: Option<String>,
     ) -> Result<SnapshotRecord, CatalogueError> {
-        self.change_snapshot(name, state, error, |transaction, snapshot| {
+        self.change_snapshot(name, (SnapshotState::Intended, state), error, |transaction, snapshot| {
             let mut layers = transaction.open_table(LAYERS).map_err(write_error)?;
             for (device, times) in adopted {
                 let Some(member) = snapshot.device_mut(device) else { continue };
@@ -304,7 +308,8 @@ impl Store {
         })
     }
 
-    /// Records the end of a snapshot whose devices have switched: `Frozen`, or `Failed` with the reason.
+    /// Records the end of a snapshot whose devices have switched: `Frozen`, or `Failed` with the reason. An intended one stays as it is: its
+    /// overlays are in no device's record yet, and start-up has to look for them.
     ///
     /// # Errors
     /// If the snapshot is not known or its state does not allow it, or the database cannot be written.
@@ -315,7 +320,7 @@ impl Store {
         state: SnapshotState,
         error: Option<String>,
     ) -> Result<SnapshotRecord, CatalogueError> {
-        self.change_snapshot(name, state, error, |_, snapshot| {
+        self.change_snapshot(name, (SnapshotState::Switched, state), error, |_, snapshot| {
             for (device, times) in times {
                 if let Some(member) = snapshot.device_mut(device) {
                     member.times = *times;
@@ -328,7 +333,7 @@ impl Store {
     fn change_snapshot(
         &mut self,
         name: &str,
-        state: SnapshotState,
+        (from, to): (SnapshotState, SnapshotState),
         error: Option<String>,
         change: impl FnOnce(&WriteTransaction, &mut SnapshotRecord) -> Result<(), CatalogueError>,
     ) -> Result<SnapshotRecord, CatalogueError> {
@@ -337,10 +342,10 @@ impl Store {
             let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
             let found = table.get(name).map_err(write_error)?.map(|value| decode(value.value(), || format!("snapshot `{name}`")));
             let mut snapshot: SnapshotRecord = found.ok_or_else(|| CatalogueError::NoSnapshot(name.to_owned()))??;
-            if !snapshot.state.may_become(state) {
-                return Err(CatalogueError::Transition { name: name.to_owned(), from: snapshot.state, to: state });
+            if snapshot.state != from || !from.may_become(to) {
+                return Err(CatalogueError::Transition { name: name.to_owned(), from: snapshot.state, to });
             }
-            snapshot.state = state;
+            snapshot.state = to;
             snapshot.error = error;
             change(&transaction, &mut snapshot)?;
             put_snapshot(&mut table, &snapshot)?;
@@ -505,7 +510,9 @@ pub(crate) mod tests {
         let mut store = Store::with_backend(redb::backends::InMemoryBackend::new()).expect("memory");
         assert!(matches!(store.conclude("s", &[], Frozen, None), Err(CatalogueError::NoSnapshot(_))));
         store.intend(&intent("s", "vda", "/a", "/b")).expect("a new name");
-        assert!(matches!(store.conclude("s", &[], Frozen, None), Err(CatalogueError::Transition { .. })));
+        for end in [Frozen, Failed] {
+            assert!(matches!(store.conclude("s", &[], end, None), Err(CatalogueError::Transition { .. })));
+        }
         store.drop_intent("s").expect("writable");
         assert_eq!(store.snapshot("s").expect("readable"), None);
     }
