@@ -33,7 +33,7 @@ pub(crate) use device::DeviceLayer;
 pub use host::{Export, ExportError, Host};
 pub use lifecycle::RemoveError;
 pub(crate) use open::Beneath;
-pub use open::{DeviceOpenCause, DeviceOpenError, GivenBy};
+pub use open::{BeneathError, DeviceOpenCause, DeviceOpenError, GivenBy};
 pub use places::Places;
 
 /// What the daemon serves, and what is going on with it.

@@ -44,7 +44,7 @@ pub enum DeviceOpenCause {
     #[error("the daemon is stopping")]
     Stopping,
     /// It is unknown which layer is its top.
-    #[error("it is unknown which layer is its top: {0}; make that file readable and start again, or start once with --forget")]
+    #[error("it is unknown which layer is its top: {0}")]
     Unsettled(String),
     /// The name is taken.
     #[error("there already is a device of this name")]
@@ -117,6 +117,9 @@ pub enum DeviceOpenCause {
     /// The catalogue does not answer.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+    /// It is not known what must not be written to.
+    #[error(transparent)]
+    Beneath(#[from] BeneathError),
     /// Front-ends cannot reach it.
     #[error(transparent)]
     Export(#[from] ExportError),
@@ -126,6 +129,25 @@ impl From<DeviceOpenError> for Failure {
     fn from(error: DeviceOpenError) -> Self {
         Self::generic(error)
     }
+}
+
+/// Why it is not known which files must not be written to.
+#[derive(Debug, thiserror::Error)]
+pub enum BeneathError {
+    /// The catalogue does not answer.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    /// A recorded layer cannot be looked at, so any file might be it.
+    #[error("nothing is opened for writing, because {dependant} depends on {path}, which cannot be looked at: {source}")]
+    Layer {
+        /// The layer.
+        path: PathBuf,
+        /// What depends on it.
+        dependant: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// Files that lie beneath others, by the catalogue and by the headers of open images.
@@ -277,7 +299,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         };
         let known = record.map(|record| record.layers.as_slice()).unwrap_or_default();
         let allowed = self.places.around(known.iter().map(|layer| layer.path.as_path()).chain([options.image.as_path()]));
-        let protected = self.beneath().await?;
+        let protected = if options.read_only { Beneath::default() } else { self.beneath().await? };
         let chain_options = ChainOptions {
             allowed: &allowed,
             data_files: self.places.data_files(),
@@ -337,7 +359,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     }
 
     /// Everything that must not be written to, because a record or the header of an open image says that it lies beneath something.
-    pub(crate) async fn beneath(&self) -> Result<Beneath, CatalogueError> {
+    ///
+    /// # Errors
+    /// If the catalogue cannot be read, or it cannot be found out which file a record means.
+    pub(crate) async fn beneath(&self) -> Result<Beneath, BeneathError> {
         let mut beneath = Beneath::default();
         let mut open_paths = HashMap::new();
         for device in self.devices() {
@@ -354,8 +379,12 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             let identity = match (open_paths.get(&layer.path), looked_at.get(&layer.path)) {
                 (Some(identity), _) => Some(*identity),
                 (None, Some(identity)) => *identity,
-                // A file that is not there cannot be written to either.
-                (None, None) => self.identity(&layer.path).await.ok(),
+                (None, None) => match self.identity(&layer.path).await {
+                    Ok(identity) => Some(identity),
+                    // A file that is not there cannot be written to either.
+                    Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => None,
+                    Err(source) => return Err(BeneathError::Layer { path: layer.path, dependant, source }),
+                },
             };
             looked_at.insert(layer.path, identity);
             if let Some(identity) = identity {

@@ -3,12 +3,13 @@
 //! | recorded | overlay | then |
 //! |---|---|---|
 //! | intended | there, covers the recorded top | it becomes the top; the snapshot has failed |
-//! | intended | not there, or covers something else | the intent is dropped for this device |
-//! | intended | cannot be looked at | nothing changes, and none of the group's devices is served, until a later start can look at it |
+//! | intended | covers something else | the intent is dropped for this device |
+//! | intended | not there, or cannot be looked at | nothing changes, and none of the group's devices is served, until a later start can look at it |
 //! | switched | is the top already | the snapshot has failed: what lies beneath was perhaps not durable |
 //!
 //! Rolling forward is right whether the devices had switched or not: an overlay that nothing was written to changes nothing, and one that was
-//! written to holds what the guest was told is there.
+//! written to holds what the guest was told is there. It was durable before it was recorded; if it is not there, its file system may not be
+//! mounted, and to go on without it would take the guest back in time. `--forget` is for operators who know better.
 
 use std::io;
 use std::path::Path;
@@ -73,7 +74,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                         event = "overlay_unknown", snapshot = %snapshot.name, device = %device, overlay = %overlay, cause = %error,
                         "the overlay cannot be looked at; the intent stays until it can"
                     );
-                    let reason = format!("{overlay} of snapshot '{}' cannot be looked at: {error}", snapshot.name);
+                    let reason = format!(
+                        "{overlay} of snapshot '{}' cannot be looked at ({error}); bring it back and start again, or start once with --forget \
+                         {device} to go on without it",
+                        snapshot.name
+                    );
                     let members = snapshot.devices.iter().map(|member| (member.device.clone(), reason.clone()));
                     self.unsettled.borrow_mut().extend(members);
                     return Ok(());
@@ -103,7 +108,6 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         };
         let overlay = match self.open_for_look(&member.overlay.path).await {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Drop("it is not there".to_owned())),
             Err(error) => return Ok(Verdict::Wait(error)),
         };
         let header = match Header::read(&overlay).await {

@@ -47,6 +47,7 @@ pub(crate) struct Prepared<E: Environment> {
     pub(crate) layer: Arc<Layer<E>>,
     /// Whether we have made the file, and remove it if nothing comes of it.
     pub(crate) created: bool,
+    location: Location,
 }
 
 /// Why an overlay cannot be used: which, and what is wrong with it.
@@ -75,6 +76,9 @@ pub enum OverlayCause {
     /// It is there although it is to be made.
     #[error("it exists already; choose another name, or use it as it is (without creating it)")]
     Exists,
+    /// Somebody has put another file in the place of the one that was made.
+    #[error("another file has taken its place while it was being made")]
+    Replaced,
     /// It cannot be made.
     #[error("cannot {action}: {source}")]
     Make {
@@ -163,18 +167,18 @@ pub(crate) async fn prepare<E: Environment>(
     let failed = |cause| OverlayError { path: path.to_owned(), cause };
     let location = below.allowed.locate(path).map_err(|error| failed(error.into()))?;
     let path = &location.path();
-    let created = !matches!(wanted, Overlay::Existing(_));
-    if created {
-        create(environment, below, path, &location).await.map_err(failed)?;
-    }
-    match adopt(environment, below, path, &location, others).await {
+    let created = match wanted {
+        Overlay::Existing(_) => None,
+        Overlay::Create | Overlay::CreateAt(_) => Some(create(environment, below, path, &location).await.map_err(failed)?),
+    };
+    match adopt(environment, below, path, &location, created, others).await {
         Ok((identity, image)) => {
             let record = LayerRecord { path: path.to_owned(), format: Format::Qcow2 };
-            Ok(Prepared { record, identity, layer: Arc::new(image), created })
+            Ok(Prepared { record, identity, layer: Arc::new(image), created: created.is_some(), location })
         }
         Err(cause) => {
-            if created {
-                remove(environment, path).await;
+            if let Some(identity) = created {
+                remove(environment, &location, identity).await;
             }
             Err(failed(cause))
         }
@@ -183,24 +187,34 @@ pub(crate) async fn prepare<E: Environment>(
 
 /// Takes back what was prepared.
 pub(crate) async fn discard<E: Environment>(environment: &E, prepared: Prepared<E>) {
-    let Prepared { record, layer, created, .. } = prepared;
+    let Prepared { record, identity, layer, created, location } = prepared;
     if created {
         drop(layer);
-        remove(environment, &record.path).await;
+        remove(environment, &location, identity).await;
     } else if let Err(error) = layer.freeze().await {
         // The file is not ours: only what was reserved in it is given back.
         tracing::warn!(event = "overlay_not_restored", overlay = %record.path.display(), cause = %error, "reserved clusters leak");
     }
 }
 
-async fn remove<E: Environment>(environment: &E, path: &Path) {
-    if let Err(error) = environment.remove(path).await {
+/// Removes a file that we have made, if it still has its name.
+async fn remove<E: Environment>(environment: &E, location: &Location, identity: FileIdentity) {
+    let path = location.path();
+    let result = match environment.open(location, Access::Read, CacheMode::Buffered).await {
+        Ok(file) if file.identity() == identity => environment.remove(&path).await,
+        Ok(_) => return,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = result {
         tracing::warn!(event = "overlay_left_behind", overlay = %path.display(), cause = %error, "an unused overlay cannot be removed");
     }
 }
 
-/// Writes a new image under a temporary name, makes it durable, and gives it its name.
-async fn create<E: Environment>(environment: &E, below: &Below, path: &Path, location: &Location) -> Result<(), OverlayCause> {
+/// Writes a new image under a temporary name, makes it durable, and gives it its name, which nothing may have had. Says which file it is.
+///
+/// Giving a file a name would replace another file of that name, whoever has made that in the meantime; only making a file is refused then. So an
+/// empty one is made first, in whose place the image comes at once.
+async fn create<E: Environment>(environment: &E, below: &Below, path: &Path, location: &Location) -> Result<FileIdentity, OverlayCause> {
     let make = |action| move |source| OverlayCause::Make { action, source };
     let name = path.file_name().unwrap_or_default();
     let temporary_name = format!(".{}.{:08x}", name.to_string_lossy(), environment.random() & 0xffff_ffff);
@@ -212,27 +226,30 @@ async fn create<E: Environment>(environment: &E, below: &Below, path: &Path, loc
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(source) => return Err(OverlayCause::Make { action: "look for the file", source }),
     }
-    let temporary = path.with_file_name(temporary_name);
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let temporary_location = below.allowed.locate(&temporary)?;
-    let file = environment.open(&temporary_location, Access::CreateNew, below.cache).await.map_err(make("create the file"))?;
+    let temporary = below.allowed.locate(&path.with_file_name(temporary_name))?;
+    let file = environment.open(&temporary, Access::CreateNew, below.cache).await.map_err(make("create the file"))?;
+    let identity = file.identity();
     let written = async {
         let options = CreateOptions::overlay(below.virtual_size, backing_name(&below.record.path, path), below.record.format.name());
         Qcow2::<E>::create(&file, &options).await?;
         file.flush().await.map_err(make("flush the file"))?;
-        environment.rename(&temporary, path).await.map_err(make("give the file its name"))?;
+        let place = environment.open(location, Access::CreateNew, below.cache).await.map_err(|error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => OverlayCause::Exists,
+            _ => OverlayCause::Make { action: "create the file", source: error },
+        })?;
+        if let Err(source) = environment.rename(&temporary.path(), path).await {
+            remove(environment, location, place.identity()).await;
+            return Err(OverlayCause::Make { action: "give the file its name", source });
+        }
         Ok(())
     };
-    if let Err(cause) = written.await {
-        remove(environment, &temporary).await;
+    let result = written.await;
+    drop(file);
+    if let Err(cause) = result {
+        remove(environment, &temporary, identity).await;
         return Err(cause);
     }
-    drop(file);
-    if let Err(source) = environment.flush_directory(directory).await {
-        remove(environment, path).await;
-        return Err(OverlayCause::Make { action: "flush the directory", source });
-    }
-    Ok(())
+    Ok(identity)
 }
 
 /// How an overlay names the top: by the plain name where they are neighbours, so that the folder can be moved.
@@ -249,6 +266,7 @@ async fn adopt<E: Environment>(
     below: &Below,
     path: &Path,
     location: &Location,
+    created: Option<FileIdentity>,
     others: &Others<'_>,
 ) -> Result<(FileIdentity, Layer<E>), OverlayCause> {
     let file = match environment.open(location, Access::Write, below.cache).await {
@@ -257,6 +275,9 @@ async fn adopt<E: Environment>(
         Err(source) => return Err(ChainCause::Open { writing: true, source }.into()),
     };
     let identity = file.identity();
+    if created.is_some_and(|created| created != identity) {
+        return Err(OverlayCause::Replaced);
+    }
     if let Some(device) = (others.serving)(identity) {
         return Err(OverlayCause::InUse(device));
     }

@@ -24,7 +24,7 @@ use super::progress::{Progress, info_of};
 use super::{Asked, Overlay, Place, Refusal, admit};
 use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
 use crate::jobs::JobError;
-use crate::manager::{Beneath, Device, DeviceLayer, Host, Manager};
+use crate::manager::{Beneath, BeneathError, Device, DeviceLayer, Host, Manager};
 
 /// Steps of a snapshot's job: prepared, intended, switched, frozen.
 const STEPS: u64 = 4;
@@ -59,6 +59,8 @@ enum RunError {
     Cancelled,
     #[error("device '{0}' has been removed meanwhile")]
     DeviceGone(String),
+    #[error("the overlay {0} is named twice")]
+    OverlayTwice(PathBuf),
     #[error("device '{device}': {source}")]
     Overlay {
         device: String,
@@ -74,6 +76,8 @@ enum RunError {
     },
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+    #[error(transparent)]
+    Beneath(#[from] BeneathError),
     #[error(
         "not every queue switched within {0} ms; the overlays are in use, but the layers beneath are not one point in time (deadline-ms sets the limit)"
     )]
@@ -164,6 +168,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let intended = record.clone();
         if let Err(error) = self.catalogue.run(move |store| store.intend(&intended)).await {
             self.undo(cuts).await;
+            // The record may be there all the same, and would be waited for at the next start.
+            let name = asked.name.clone();
+            let _ = self.catalogue.run(move |store| store.drop_intent(&name)).await;
             return Err(error.into());
         }
         job.step();
@@ -198,6 +205,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                     if paths.contains(&path) { path.with_file_name(format!("{}.{}.qcow2", member.device, asked.name)) } else { path }
                 }
             };
+            if paths.contains(&path) {
+                return Err(RunError::OverlayTwice(path));
+            }
             paths.push(path.clone());
             plans.push((device, old, path, member.overlay.clone()));
         }
@@ -271,6 +281,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 Either::Right(_) => fence.expire(),
             }
         };
+        // We may have been told of both at the same time: what came too late is no success.
+        let in_time = fence.times().switch <= Duration::from_millis(deadline_ms);
+        let outcome = if in_time { outcome } else { FenceOutcome::Expired };
         let switched: Vec<_> = cuts.into_iter().zip(old_views).map(|(cut, view)| self.put_on_top(name, cut, view)).collect();
         progress.job.step();
         let times = DeviceTimes { switch_us: Some(microseconds(fence.times().switch)), hold_us: None, freeze_us: None };

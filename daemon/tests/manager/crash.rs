@@ -13,9 +13,12 @@ use std::process::Command;
 use std::rc::Rc;
 
 use serde_json::json;
+use snapfence_image_format::buffer::{AlignedBuffer, Buffer};
 use snapfence_image_format::chain::Format;
+use snapfence_image_format::storage::Environment;
 use snapfence_image_format::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
-use snapfence_image_format::units::SECTOR_BYTES;
+use snapfence_image_format::units::{GuestOffset, SECTOR_BYTES};
+use snapfenced::manager::DeviceOpenError;
 
 use super::support::{Answer, BLOCK, CatalogueFile, World};
 
@@ -28,7 +31,7 @@ const FLUSH_EVERY: u8 = 7;
 /// Rounds in which a snapshot is asked for.
 const SNAPSHOTS: [(u8, &str); 2] = [(20, "s1"), (40, "s2")];
 /// How many instants are tried.
-const CRASHES: u64 = 160;
+const CRASHES: u64 = 120;
 
 /// What the guest and the client know.
 #[derive(Debug, Default)]
@@ -176,7 +179,8 @@ fn check(environment: &SimulatedEnvironment) {
     }
     for file in environment.files().iter().filter(|file| file.extension().is_some_and(|extension| extension == "qcow2")) {
         let name = file.file_name().expect("a name");
-        if name.as_encoded_bytes().starts_with(b".") {
+        let held = environment.bytes(file).expect("a file");
+        if name.as_encoded_bytes().starts_with(b".") || held.is_empty() {
             continue; // An overlay that was being made.
         }
         let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(folder.path().join(name)).output().expect("qemu-img");
@@ -244,14 +248,13 @@ fn a_layer_that_cannot_be_made_durable_fails_the_snapshot_and_stays_known() {
     });
 }
 
-#[test]
-fn an_overlay_that_cannot_be_looked_at_is_waited_for() {
-    // The catalogue has the intent, and the disk of the overlay is away.
-    let mut simulation = Simulation::new(111);
+/// The power goes off while `vda` and `vdb` switch as a group; only `vdb`'s guest has written to its overlay, and made that durable.
+fn half_switched(seed: u64) -> (SimulatedEnvironment, CatalogueFile) {
+    let mut simulation = Simulation::new(seed);
     let environment = simulation.environment().clone();
     let world = World::new(&environment);
     let first = world.clone();
-    simulation.run(async move {
+    simulation.block_on(async move {
         for device in ["vda", "vdb", "vdc"] {
             first.serve_new(device).await;
         }
@@ -260,30 +263,95 @@ fn an_overlay_that_cannot_be_looked_at_is_waited_for() {
         let asked = first.begin("snapshot-create", json!({ "name": "s1", "devices": devices, "deadline-ms": 10_000 }));
         first.switching("vda").await;
         assert!(!asked.is_there(), "vda does not look");
+        let view = first.manager.device("vdb").expect("a device").stack.view();
+        let bytes = AlignedBuffer::copy_of(&[5; 4096]);
+        view.write(GuestOffset::ZERO, Buffer::Owned(bytes)).await.0.expect("written");
+        view.flush().await.expect("durable");
     });
-    let environment = environment.crash();
-    let catalogue = world.catalogue.after_power_cut();
+    (environment.crash(), world.catalogue.after_power_cut())
+}
+
+async fn serve(world: &World, device: &str) -> Result<(), DeviceOpenError> {
+    world.serve(&format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}")).await
+}
+
+#[test]
+fn an_overlay_that_cannot_be_looked_at_is_waited_for() {
+    for missing in [false, true] {
+        let (environment, catalogue) = half_switched(111);
+        let mut simulation = Simulation::on(environment.clone());
+        simulation.block_on(async move {
+            // Its disk is away, or its file system is not mounted.
+            let overlay = std::path::Path::new("/vm/vdb.s1.qcow2");
+            let away = std::path::Path::new("/vm/away");
+            if missing {
+                environment.rename(overlay, away).await.expect("moved");
+            } else {
+                environment.inject(Fault::lasting(OperationKind::Open, 0).on(overlay));
+            }
+            let world = World::start(environment.clone(), catalogue, &[]);
+            world.manager.recover().await.expect("a catalogue");
+            for device in ["vda", "vdb"] {
+                let refused = serve(&world, device).await.expect_err("unknown").to_string();
+                let expected = "it is unknown which layer is its top: /vm/vdb.s1.qcow2 of snapshot 's1' cannot be looked at (";
+                assert!(refused.contains(expected) && refused.contains("start once with --forget vdb"), "{refused}");
+            }
+            let refused = world.serve("name=x,image=/vm/vda.qcow2,format=qcow2,socket=/run/x").await.expect_err("unknown").to_string();
+            assert!(refused.contains("must not be written to: snapshot `s1` depends on it"), "{refused}");
+            serve(&world, "vdc").await.expect("it has nothing to do with that");
+            environment.clear_faults();
+            if missing {
+                environment.rename(away, overlay).await.expect("moved");
+            }
+            let world = world.restart().await;
+            for device in ["vda", "vdb"] {
+                serve(&world, device).await.expect("served");
+                assert_eq!(world.layers(device).await.len(), 2);
+            }
+            assert_eq!(world.read("vdb", 1).await, [5]);
+            assert_eq!(world.done("snapshot-show", json!({ "name": "s1" })).await["state"], "failed");
+        });
+    }
+}
+
+#[test]
+fn forgetting_one_device_takes_no_other_back_in_time() {
+    let (environment, catalogue) = half_switched(112);
     let mut simulation = Simulation::on(environment.clone());
     simulation.block_on(async move {
-        let serve = async |world: &World, device: &str| {
-            world.serve(&format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}")).await
-        };
-        environment.inject(Fault::lasting(OperationKind::Open, 0).on("/vm/vdb.s1.qcow2"));
+        environment.remove(std::path::Path::new("/vm/vda.s1.qcow2")).await.expect("lost");
         let world = World::start(environment.clone(), catalogue, &[]);
+        world.manager.catalogue().run(|store| store.forget_device("vda")).await.expect("a catalogue");
         world.manager.recover().await.expect("a catalogue");
         for device in ["vda", "vdb"] {
-            let refused = serve(&world, device).await.expect_err("unknown").to_string();
-            assert!(refused.contains("it is unknown which layer is its top: /vm/vdb.s1.qcow2 of snapshot 's1'"), "{refused}");
-        }
-        let refused = world.serve("name=x,image=/vm/vda.qcow2,format=qcow2,socket=/run/x").await.expect_err("unknown").to_string();
-        assert!(refused.contains("must not be written to: snapshot `s1` depends on it"), "{refused}");
-        serve(&world, "vdc").await.expect("it has nothing to do with that");
-        environment.clear_faults();
-        let world = world.restart().await;
-        for device in ["vda", "vdb"] {
             serve(&world, device).await.expect("served");
-            assert_eq!(world.layers(device).await.len(), 2);
         }
-        assert_eq!(world.done("snapshot-show", json!({ "name": "s1" })).await["state"], "failed");
+        assert_eq!(world.layers("vda").await, ["/vm/vda.qcow2"]);
+        assert_eq!(world.layers("vdb").await, ["/vm/vdb.s1.qcow2", "/vm/vdb.qcow2"]);
+        assert_eq!(world.read("vdb", 1).await, [5], "what was acknowledged is there");
+    });
+}
+
+#[test]
+fn a_recorded_layer_that_cannot_be_looked_at_might_be_any_file() {
+    let mut simulation = Simulation::new(113);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        for device in ["vda", "vdb"] {
+            world.serve_new(device).await;
+        }
+        world.snapshot("s1", &["vda"]).await;
+        let world = world.restart().await;
+        environment.inject(Fault::lasting(OperationKind::Open, 0).on("/vm/vda.qcow2"));
+        let refused = serve(&world, "vdb").await.expect_err("it might be that file").to_string();
+        let expected =
+            "device 'vdb': nothing is opened for writing, because device `vda` depends on /vm/vda.qcow2, which cannot be looked at: ";
+        assert!(refused.starts_with(expected), "{refused}");
+        world.serve("name=vdb,image=/vm/vdb.qcow2,format=qcow2,socket=/run/vdb,readonly=on").await.expect("nothing is written");
+        world.done("device-remove", json!({ "name": "vdb" })).await;
+        environment.clear_faults();
+        environment.remove(std::path::Path::new("/vm/vda.qcow2")).await.expect("lost");
+        serve(&world, "vdb").await.expect("what is not there cannot be written to");
     });
 }

@@ -285,3 +285,33 @@ fn qemus_commands_take_group_snapshots() {
         world.done("transaction", json!({ "actions": [] })).await;
     });
 }
+
+#[test]
+fn one_path_becomes_one_overlay_however_it_is_spelled() {
+    let mut simulation = Simulation::new(17);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        let member = |device: &str, overlay: &str| json!({ "device": device, "overlay": overlay });
+        let asked = |name: &str, members: &[Value]| json!({ "name": name, "devices": members, "create": true });
+        let group = asked("s0", &[member("vda", "/vm/x.qcow2"), member("vdb", "x.qcow2")]);
+        let refused = world.ask("snapshot-create", group).await.expect_err("twice").desc;
+        assert_eq!(refused, "snapshot 's0' failed: the overlay /vm/x.qcow2 is named twice");
+        let answers = [
+            world.begin("snapshot-create", asked("s1", &[member("vda", "/vm/x.qcow2")])),
+            world.begin("snapshot-create", asked("s2", &[member("vdb", "x.qcow2")])),
+        ];
+        let results = [answers[0].wait().await, answers[1].wait().await];
+        let refused: Vec<_> = results.iter().filter_map(|result| result.as_ref().err()).map(|failure| failure.desc.as_str()).collect();
+        assert!(matches!(refused[..], [only] if only.contains("overlay /vm/x.qcow2: it exists already")), "{refused:?}");
+        let (made, other) = if results[0].is_ok() { ("vda", "vdb") } else { ("vdb", "vda") };
+        world.write(made, 0, 7).await;
+        assert_eq!(world.layers(made).await[0], "/vm/x.qcow2");
+        assert_eq!(world.layers(other).await.len(), 1);
+        let world = world.restart().await;
+        for device in ["vda", "vdb"] {
+            world.serve(&format!("name={device},image=/vm/{device}.qcow2,format=qcow2,socket=/run/{device}")).await.expect("served");
+        }
+        assert_eq!(world.read(made, 1).await, [7]);
+    });
+}

@@ -29,6 +29,8 @@ use snapfenced::options::DeviceOptions;
 pub(crate) const DISK: u64 = 1 << 20;
 /// Size of what guests write at a time.
 pub(crate) const BLOCK: u64 = 4096;
+/// How many milliseconds ahead the clock has something to wake.
+const TICKS: u64 = 50;
 /// Where the images are.
 pub(crate) const FOLDER: &str = "/vm";
 
@@ -327,13 +329,18 @@ impl World {
         if self.ticking.replace(true) {
             return;
         }
-        // The simulated clock likes to jump to the next event. With many events it goes in small steps, and no deadline passes unawares.
-        let (environment, ticking) = (self.environment.clone(), Rc::clone(&self.ticking));
-        self.environment.spawn(async move {
-            while ticking.get() {
-                environment.sleep_until(environment.now() + Duration::from_millis(1)).await;
-            }
-        });
+        // The simulated clock jumps to the next event, at times before every task had its turn. With many events it goes in small steps, and no
+        // deadline passes unawares.
+        for offset in 0..TICKS {
+            let (environment, ticking) = (self.environment.clone(), Rc::clone(&self.ticking));
+            self.environment.spawn(async move {
+                let mut next = environment.now() + Duration::from_millis(offset);
+                while ticking.get() {
+                    environment.sleep_until(next).await;
+                    next = environment.now() + Duration::from_millis(TICKS);
+                }
+            });
+        }
     }
 
     /// The queue thread of a device sleeps again.
