@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs all tests of the workspace and ends with one line: how many passed and how many failed.
+# Runs all tests of the workspace and ends with one line: how many passed, how many failed, and how long it took, building included.
 #
 # cargo test, not a test runner of its own: it is wherever cargo is, and runs the examples in the documentation too. Arguments go to it.
 set -euo pipefail
@@ -29,5 +29,7 @@ if [ "$status" -eq 0 ] && [ "$passed" -eq 0 ]; then
 	echo "No test ran." >&2
 	status=1
 fi
-if [ "$ignored" -gt 0 ]; then echo "$passed passed, $failed failed, $ignored skipped"; else echo "$passed passed, $failed failed"; fi
+skipped=
+if [ "$ignored" -gt 0 ]; then skipped=", $ignored skipped"; fi
+echo "$passed passed, $failed failed$skipped (in $SECONDS s)"
 exit "$status"

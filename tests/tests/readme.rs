@@ -61,7 +61,7 @@ fn commands_of_the_readme_work() -> Result<()> {
         {serve}
         daemon=$!
         until_done snapfence device list
-        {attach} -kernel {kernel} -initrd {initramfs} -append console=ttyS0 -nodefaults -display none -serial file:{at}/console &
+        {attach} -kernel {kernel} -initrd {initramfs} -append 'console=ttyS0 no_timer_check' -nodefaults -display none -serial file:{at}/console &
         until_done grep -q '\[vda\] 41943040 512-byte' {at}/console
         {snapshot}
         {more}
