@@ -79,10 +79,11 @@ pub(crate) fn bytes(count: u64) -> String {
     if tenths.is_multiple_of(10) { format!("{} {name}", tenths / 10) } else { format!("{}.{} {name}", tenths / 10, tenths % 10) }
 }
 
-/// A time as people read it: `0.35 ms`, `1.20 s`, or a dash where it is not known.
+/// A time as people read it: `350 µs`, `12.35 ms`, `1.20 s`, or a dash where it is not known.
 pub(crate) fn microseconds(time: Option<u64>) -> String {
     match time {
         None => "-".to_owned(),
+        Some(time) if time < 10_000 => format!("{time} µs"),
         Some(time) if time < 1_000_000 => format!("{}.{:02} ms", time / 1000, time % 1000 / 10),
         Some(time) => format!("{}.{:02} s", time / 1_000_000, time % 1_000_000 / 10_000),
     }
@@ -248,7 +249,7 @@ mod tests {
         let sizes = [0, 1023, 1024, 1536, 4096, (1 << 20) - 1, 1 << 20, 5 << 30, (3 << 40) + (1 << 39), u64::MAX].map(bytes);
         assert_eq!(sizes, ["0 B", "1023 B", "1 KiB", "1.5 KiB", "4 KiB", "1023.9 KiB", "1 MiB", "5 GiB", "3.5 TiB", "15.9 EiB"]);
         let times = [None, Some(0), Some(57), Some(999_999), Some(61_234_567)].map(microseconds);
-        assert_eq!(times, ["-", "0.00 ms", "0.05 ms", "999.99 ms", "61.23 s"]);
+        assert_eq!(times, ["-", "0 µs", "57 µs", "999.99 ms", "61.23 s"]);
     }
 
     #[test]

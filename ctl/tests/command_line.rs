@@ -152,9 +152,9 @@ vda   ready  connected  1 GiB       3   4x256  read-write  direct  qcow2   /d/a.
     assert_eq!(daemon.run(&["device", "list"]).done(), expected);
     assert_eq!(daemon.run(&["device", "list", "--json"]).json()[0]["queue-size"], 256);
     let expected = "\
-NAME  STATE     CREATED                       SWITCH     HOLD    FREEZE  DEVICES
-s1    frozen    2025-01-01T00:00:00.000001Z  0.01 ms  0.34 ms  67.89 ms  vda
-s1    switched  2025-01-01T00:00:00.000001Z  0.01 ms  0.34 ms         -  vda
+NAME  STATE     CREATED                      SWITCH    HOLD    FREEZE  DEVICES
+s1    frozen    2025-01-01T00:00:00.000001Z   12 µs  345 µs  67.89 ms  vda
+s1    switched  2025-01-01T00:00:00.000001Z   12 µs  345 µs         -  vda
 ";
     assert_eq!(daemon.run(&["snapshot", "list"]).done(), expected);
     assert_eq!(daemon.run(&["--json", "snapshot", "list"]).json(), json!([snapshot("frozen"), snapshot("switched")]));

@@ -31,6 +31,9 @@ pub trait Host<E: Environment>: fmt::Debug + 'static {
 
     /// The absolute path that an existing directory really has, without symbolic links.
     fn real_directory(&self, directory: &Path) -> impl Future<Output = io::Result<PathBuf>>;
+
+    /// The regular files in a directory.
+    fn files_in(&self, directory: &Path) -> impl Future<Output = io::Result<Vec<PathBuf>>>;
 }
 
 /// A device that front-ends can reach.

@@ -7,6 +7,7 @@ mod commands;
 mod device;
 mod host;
 mod lifecycle;
+mod neighbours;
 mod open;
 mod places;
 mod recover;

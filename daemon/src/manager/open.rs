@@ -299,7 +299,14 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         };
         let known = record.map(|record| record.layers.as_slice()).unwrap_or_default();
         let allowed = self.places.around(known.iter().map(|layer| layer.path.as_path()).chain([options.image.as_path()]));
-        let protected = if options.read_only { Beneath::default() } else { self.beneath().await? };
+        let mut protected = if options.read_only { Beneath::default() } else { self.beneath().await? };
+        if record.is_none()
+            && !options.read_only
+            && let Ok(identity) = self.identity(&top.path).await
+            && let Some(overlay) = self.overlay_beside(&top.path, identity).await
+        {
+            protected.0.insert(identity, overlay);
+        }
         let chain_options = ChainOptions {
             allowed: &allowed,
             data_files: self.places.data_files(),
@@ -353,7 +360,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         Ok(())
     }
 
-    async fn identity(&self, path: &Path) -> io::Result<FileIdentity> {
+    pub(super) async fn identity(&self, path: &Path) -> io::Result<FileIdentity> {
         let file = self.environment.open(&Location::Trusted(path.to_owned()), Access::Read, CacheMode::Buffered).await?;
         Ok(file.identity())
     }

@@ -92,6 +92,21 @@ impl Host<UringEnvironment> for VhostHost {
         })
         .await?
     }
+
+    async fn files_in(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
+        let directory = directory.to_owned();
+        offload("list directory", move || {
+            let mut files = Vec::new();
+            for entry in directory.read_dir()? {
+                let entry = entry?;
+                if entry.file_type()?.is_file() {
+                    files.push(entry.path());
+                }
+            }
+            Ok(files)
+        })
+        .await?
+    }
 }
 
 impl Export for VhostExport {

@@ -326,7 +326,7 @@ pub(crate) async fn covers<E: Environment>(environment: &E, below: &Below, path:
 }
 
 /// Where the overlay has something of its own.
-async fn first_data<E: Environment>(image: &Layer<E>, size: u64) -> Result<Option<GuestOffset>, LayerError> {
+pub(crate) async fn first_data<E: Environment>(image: &Layer<E>, size: u64) -> Result<Option<GuestOffset>, LayerError> {
     let disk = GuestRange::new(GuestOffset::ZERO, size);
     let mut extents = ExtentList::new();
     for part in disk.split_at_multiples(EMPTY_CHECK_STEP) {

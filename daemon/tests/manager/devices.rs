@@ -122,14 +122,14 @@ fn what_lies_beneath_is_never_opened_for_writing() {
         world.snapshot("s1", &["vda"]).await;
         let base = "name=vdb,image=/vm/vda.qcow2,format=qcow2,socket=/run/vdb";
         let refused = world.serve(base).await.expect_err("a layer of vda").to_string();
-        assert_eq!(refused, "device 'vdb': /vm/vda.qcow2: must not be written to: device 'vda' depends on it as a backing file");
+        assert_eq!(refused, "device 'vdb': /vm/vda.qcow2: must not be written to: device 'vda' depends on it as a backing file; serve what depends on it, or this read-only");
         world.serve(&format!("{base},readonly=on")).await.expect("for reading");
         world.done("device-remove", json!({ "name": "vdb" })).await;
         // Nobody has it open any more, and the catalogue knows all the same.
         world.done("device-remove", json!({ "name": "vda" })).await;
         let world = world.restart().await;
         let refused = world.serve(base).await.expect_err("recorded").to_string();
-        assert!(refused.ends_with("must not be written to: device `vda` depends on it as a backing file"), "{refused}");
+        assert!(refused.ends_with("must not be written to: device `vda` depends on it as a backing file; serve what depends on it, or this read-only"), "{refused}");
     });
 }
 

@@ -81,6 +81,11 @@ impl Host<SimulatedEnvironment> for FakeHost {
     async fn real_directory(&self, directory: &Path) -> io::Result<PathBuf> {
         if directory == Path::new("/nowhere") { Err(io::ErrorKind::NotFound.into()) } else { Ok(directory.to_owned()) }
     }
+
+    /// Images that no record knows lie in no directory here.
+    async fn files_in(&self, _directory: &Path) -> io::Result<Vec<PathBuf>> {
+        Ok(Vec::new())
+    }
 }
 
 impl Export for FakeExport {

@@ -89,7 +89,7 @@ pub enum ChainCause {
     #[error("its image lock cannot be taken: {0}")]
     Lock(#[source] io::Error),
     /// Something would break.
-    #[error("must not be written to: {dependant} depends on it as a backing file")]
+    #[error("must not be written to: {dependant} depends on it as a backing file; serve what depends on it, or this read-only")]
     Protected {
         /// What would.
         dependant: String,
@@ -379,7 +379,10 @@ mod tests {
         let environment = three();
         let middle = open(&environment, "/i/middle", Format::Qcow2, false).expect("whole")[1].identity;
         let refused = open_protected(&environment, "/i/middle", Format::Qcow2, true, Some(middle)).expect_err("protected").to_string();
-        assert_eq!(refused, "/i/middle: must not be written to: device `vdb` depends on it as a backing file");
+        assert_eq!(
+            refused,
+            "/i/middle: must not be written to: device `vdb` depends on it as a backing file; serve what depends on it, or this read-only"
+        );
         open_protected(&environment, "/i/middle", Format::Qcow2, false, Some(middle)).expect("for reading");
         open_protected(&environment, "/i/top", Format::Qcow2, true, Some(middle)).expect("only read beneath");
     }

@@ -85,11 +85,14 @@ fn whatever_cannot_be_served_is_named() -> Result<()> {
     tools::qemu_img(
         ["rebase", "-u", "-F", "qcow2", "-b", "loop2.qcow2"].map(OsString::from).into_iter().chain([image("loop1.qcow2").into()]),
     )?;
+    tools::create_overlay(&image("covered.qcow2"), &image("b.qcow2"), "qcow2")?;
+    tools::create_overlay(&image("above.qcow2"), &image("covered.qcow2"), "qcow2")?;
+    tools::qemu_io(["-f", "qcow2", "-c", "write -P 7 0 4k"].map(OsString::from).into_iter().chain([image("above.qcow2").into()]))?;
     std::fs::write(image("file.sock"), "precious")?;
     let _taken = UnixListener::bind(image("taken.sock"))?;
     let long = format!("{}.sock", "x".repeat(120));
     let spec = |name: &str, format: &str, socket: &str| format!("name=vda,image={name},format={format},socket={socket}");
-    let table: [(String, &[&str]); 16] = [
+    let table: [(String, &[&str]); 17] = [
         (spec("none.qcow2", "qcow2", "s"), &["device 'vda'", "none.qcow2: cannot be opened for writing: No such file"]),
         (spec("nowhere/i", "raw", "s"), &["device 'vda'", "the directory of nowhere/i cannot be used: No such file"]),
         (spec("a.qcow2", "qcow2", "nowhere/s"), &["device 'vda'", "the directory of nowhere/s cannot be used: No such file"]),
@@ -101,6 +104,7 @@ fn whatever_cannot_be_served_is_named() -> Result<()> {
         (spec("escapes.qcow2", "qcow2", "s"), &["device 'vda'", "base.qcow2 lies outside the allowed directories", "--allow-dir"]),
         (spec("orphan.qcow2", "qcow2", "s"), &["device 'vda'", "none.qcow2: cannot be opened for reading: No such file"]),
         (spec("loop1.qcow2", "qcow2", "s"), &["device 'vda'", "loop1.qcow2: is in the chain twice"]),
+        (spec("covered.qcow2", "qcow2", "s"), &["device 'vda'", "covered.qcow2: must not be written to: ", "above.qcow2 depends on it"]),
         (spec("a.qcow2", "qcow2", "file.sock"), &["device 'vda'", "file.sock: there is something other than a socket"]),
         (spec("a.qcow2", "qcow2", "taken.sock"), &["device 'vda'", "taken.sock: somebody listens there already"]),
         (spec("a.qcow2", "qcow2", &long), &["device 'vda'", &long]),
