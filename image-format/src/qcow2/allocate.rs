@@ -73,7 +73,8 @@ impl Allocator {
             ready_clusters: 0,
             free: BTreeMap::new(),
             scan: 1,
-            scan_end: used_end,
+            // What a crash has left behind the last cluster in use is used again.
+            scan_end: end,
             used_end,
             end,
             zero_from: file_clusters,
@@ -327,7 +328,9 @@ impl<E: Environment> Inner<E> {
                 let clusters = self.file.length().map_err(error)? >> self.format.geometry.cluster_bits();
                 let mut allocator = self.allocator();
                 allocator.limit = Some(clusters);
-                allocator.end = allocator.used_end;
+                // What has been looked at is known to be free or not; the rest is appended.
+                allocator.end = allocator.used_end.max(allocator.scan);
+                allocator.scan_end = allocator.end;
                 Ok(false)
             }
         }

@@ -7,12 +7,12 @@ use snapfence_image_format::error::LayerError;
 use snapfence_image_format::extent::{ExtentList, Mapping};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateOptions, OpenOptions, Preallocate, Qcow2};
-use snapfence_image_format::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
-use snapfence_image_format::storage::{Access, Chance};
+use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, SimulatedEnvironment, Simulation};
+use snapfence_image_format::storage::{Access, Chance, Storage};
 use snapfence_image_format::units::{GuestOffset, GuestRange};
 
-use crate::disk::{Kind, Request, expect_disk, open_file, open_stack};
-use crate::tools::Scratch;
+use crate::disk::{Kind, Model, Request, expect_disk, open_file, open_stack};
+use crate::tools::{Scratch, Verdict};
 
 const IMAGE: &str = "/a.qcow2";
 
@@ -63,6 +63,68 @@ fn nothing_is_durable_after_a_failed_flush() {
             let reserved = layer.reserve(range(0, 1 << 16)).await;
             assert!(reserved.is_err(), "{kind:?}: a write was admitted");
         });
+    }
+}
+
+#[test]
+fn what_a_crash_leaves_behind_the_last_cluster_is_used_again() {
+    let mut environment = SimulatedEnvironment::new(1);
+    let mut lengths = Vec::new();
+    for session in 0..6 {
+        let inner = environment.clone();
+        lengths.push(Simulation::on(environment.clone()).block_on(async move {
+            if session == 0 {
+                let layer = new_layer(&inner, CreateOptions::standalone(4 << 20)).await;
+                layer.freeze().await.expect("frozen");
+            }
+            let stack = open_stack(&inner, Path::new(IMAGE), None).await;
+            let request = Request::new(Kind::Write, range(session << 16, 1 << 16), &mut Chance::new(session));
+            request.send(&stack).await;
+            stack.view().flush().await.expect("flushed");
+            stack.view().top().file().length().expect("a length")
+        }));
+        environment = environment.restarted();
+    }
+    assert!(lengths[0] > 1 << 20 && lengths.iter().all(|length| *length == lengths[0]), "the file grows: {lengths:?}");
+}
+
+/// A file whose length cannot change, as that of a block device.
+#[test]
+fn an_image_lives_on_a_medium_that_cannot_grow() {
+    for (cluster_bits, refcount_bits) in [(9, 64), (12, 16), (16, 16)] {
+        let mut environment = SimulatedEnvironment::new(1);
+        environment.put(IMAGE, &vec![0xee; 5 << 20]);
+        let mut model = Model { bytes: vec![0; 3 << 20], chance: Chance::new(cluster_bits) };
+        for session in 0..5 {
+            for kind in [OperationKind::Allocate, OperationKind::SetLen] {
+                environment.inject(Fault::lasting(kind, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
+            }
+            let inner = environment.clone();
+            model = Simulation::on(environment.clone()).block_on(async move {
+                if session == 0 {
+                    let options = CreateOptions { cluster_bits: cluster_bits as u32, refcount_bits, ..CreateOptions::standalone(3 << 20) };
+                    let file = open_file(&inner, Path::new(IMAGE), Access::Write).await;
+                    Qcow2::<SimulatedEnvironment>::create(&file, &options).await.expect("created");
+                }
+                let stack = open_stack(&inner, Path::new(IMAGE), None).await;
+                for _ in 0..20 {
+                    model.batch(&stack, 1 << cluster_bits).await;
+                }
+                expect_disk(&stack, &model.bytes, "on a device").await;
+                if session % 2 == 0 {
+                    stack.close().await.expect("closed");
+                } else {
+                    stack.view().flush().await.expect("flushed");
+                }
+                model
+            });
+            environment = environment.restarted();
+            let scratch = Scratch::new();
+            environment.export(IMAGE, scratch.path("a.qcow2")).expect("exported");
+            let (verdict, text) = scratch.check("a.qcow2");
+            assert!(verdict == Verdict::Sound || (verdict == Verdict::Leaks && session > 0), "session {session}: {text}");
+            scratch.expect_content("a.qcow2", &model.bytes, "on a device");
+        }
     }
 }
 
