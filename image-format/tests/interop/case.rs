@@ -189,11 +189,17 @@ impl Case {
         let image = self.top().clone();
         let cluster = image.geometry.as_ref().map_or(4096, Geometry::cluster);
         let area = Area::new(&mut self.chance, self.disk.len(), cluster);
-        // We open raw images of whole sectors only for writing, and no external data files at all.
-        if self.chance.happens(1, 2) && image.data_file.is_none() {
+        let is_lazy = image.geometry.as_ref().is_some_and(|geometry| geometry.lazy_refcounts);
+        if is_lazy && image.data_file.is_none() && self.chance.happens(1, 3) {
+            self.crash_qemu(&image, area);
+            self.write_by_us(area);
+        } else if self.chance.happens(1, 2) && image.data_file.is_none() {
             self.write_by_us(area);
         } else {
             self.write_by_qemu(&image, area);
+        }
+        if self.chance.happens(1, 5) {
+            self.grow(&image);
         }
         let takes_snapshots = image.data_file.is_none() && image.geometry.as_ref().is_some_and(|geometry| geometry.refcount_bits >= 16);
         if takes_snapshots && self.chance.happens(1, 3) {
@@ -219,6 +225,38 @@ impl Case {
         self.totals.add("operations of QEMU's", done.len());
         let actual = self.opening().read();
         self.settle(&actual, "our reading after QEMU's writing", &done);
+    }
+
+    /// QEMU writes, and is killed before it has brought the refcounts up to date.
+    fn crash_qemu(&mut self, image: &Image, area: Area) {
+        let operations = area.for_qemu(&mut self.chance);
+        self.folder.killed_qemu_io(file_name(&image.path), &operations);
+        for operation in &operations {
+            self.disk.apply(operation);
+        }
+        self.totals.add("crashes of QEMU's", 1);
+    }
+
+    /// Somebody makes the disk larger.
+    fn grow(&mut self, image: &Image) {
+        const MOST: u64 = 64 << 20;
+        let Some(geometry) = image.geometry.as_ref().filter(|_| image.data_file.is_none()) else { return };
+        // Version 2 can hide nothing that lies beneath, and does not know how large the disk of a snapshot is.
+        let can_grow = geometry.version == 3 || (self.chain.len() == 1 && self.snapshots.is_empty());
+        let size = (self.disk.len() + 512 * (1 + self.chance.below(1 << 13))).min(MOST);
+        if !can_grow || size <= self.disk.len() {
+            return;
+        }
+        let by_us = self.chance.happens(1, 2);
+        if by_us {
+            self.opening().grow(size);
+        } else {
+            self.folder.qemu_img(&format!("resize -q -f qcow2 {} {size}", file_name(&image.path)));
+        }
+        self.disk.grow(size);
+        self.totals.add("disks grown", 1);
+        let actual = self.opening().read();
+        self.settle(&actual, if by_us { "our reading after growing" } else { "our reading after QEMU's growing" }, &[]);
     }
 
     fn write_by_us(&mut self, area: Area) {
@@ -266,7 +304,9 @@ impl Case {
         for (snapshot, disk) in std::mem::take(&mut self.snapshots) {
             self.folder.qemu_img(&format!("convert -l snapshot.name={snapshot} -f qcow2 -O raw {name} snapshot.raw"));
             let bytes = std::fs::read(self.folder.path("snapshot.raw")).expect("converted");
-            if let Err(difference) = disk.clone().settle(&bytes) {
+            // QEMU reads a snapshot with the size that the disk has now.
+            let bytes = &bytes[..(disk.len() as usize).min(bytes.len())];
+            if let Err(difference) = disk.clone().settle(bytes) {
                 panic!("snapshot {snapshot}: {difference}; {}", self.context());
             }
         }

@@ -36,6 +36,12 @@ impl Disk {
         Self::new(bytes)
     }
 
+    /// The disk becomes larger; what is new reads as zeros.
+    pub(crate) fn grow(&mut self, size: u64) {
+        assert!(size >= self.len());
+        self.bytes.resize(size as usize, 0);
+    }
+
     pub(crate) fn apply(&mut self, operation: &Operation) {
         let range = operation.range();
         let range = range.start as usize..range.end as usize;

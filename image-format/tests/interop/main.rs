@@ -1,7 +1,8 @@
 //! Images pass between QEMU's tools and us: what one writes the other reads, byte for byte, on the same file and in turns.
 //!
 //! Every case makes a chain of images with a random geometry, by `qemu-img` or by us, and writes to each layer while it is the top: a list of
-//! operations by `qemu-io`, one by our stack over io_uring, and so on. A model of plain bytes says what must be read. After each turn our
+//! operations by `qemu-io`, one by our stack over io_uring, and so on; sometimes `qemu-io` is killed with refcounts out of date, and the disk
+//! becomes larger. A model of plain bytes says what must be read. After each turn our
 //! stack reads the whole disk and our check finds nothing; after each of ours, and at the end, `qemu-img compare` and `qemu-img check` agree
 //! that the bytes are those of the model and that nothing has leaked. Internal snapshots are compared at the end.
 //!

@@ -98,6 +98,15 @@ impl Opening {
             bytes
         })
     }
+
+    /// Makes the disk larger.
+    pub(crate) fn grow(&self, size: u64) {
+        let opening = self.clone();
+        block_on(async move {
+            let stack = opening.stack(true).await;
+            stack.grow(size).await.unwrap_or_else(|error| panic!("growing to {size} bytes: {error}"));
+        });
+    }
 }
 
 /// How many operations from the first on, `most` at most, do not touch one another's bytes.

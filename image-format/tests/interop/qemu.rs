@@ -1,5 +1,6 @@
 //! QEMU's programs.
 
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::thread;
@@ -78,6 +79,18 @@ impl Folder {
         }
         assert_eq!(lines.next(), None, "{name}: {commands:?}: {all}");
         done
+    }
+
+    /// Has `qemu-io` do operations, flush, and be killed. All of them must succeed; what it would print is lost.
+    pub(crate) fn killed_qemu_io(&self, name: &str, operations: &[Operation]) {
+        let commands: Vec<String> = operations.iter().map(command).chain(["flush".to_owned(), "sigraise 9".to_owned()]).collect();
+        let mut arguments = vec!["-d", "unmap", "-f", "qcow2"];
+        for command in &commands {
+            arguments.extend(["-c", command]);
+        }
+        arguments.push(name);
+        let output = self.run("qemu-io", &arguments);
+        assert_eq!(output.status.signal(), Some(9), "{name}: {commands:?}: {}", text(&output));
     }
 
     /// Both images read the same.
