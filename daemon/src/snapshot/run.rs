@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, join, join_all, select};
 use snapfence::protocol::{Event, Failure, JobInfo, LayerState, Moment, SnapshotInfo, SnapshotState};
-use snapfence_image_format::stack::{FenceOutcome, View};
+use snapfence_image_format::stack::{FenceMember, FenceOutcome, FenceTimes, View};
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
 
 use super::overlay::{self, Below, Others, OverlayError, Prepared};
@@ -271,6 +271,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     ) -> Result<(), RunError> {
         let fence = self.domain.fence();
         let views: Vec<_> = cuts.iter().map(|cut| cut.device.stack.prepare_overlay(Arc::clone(&cut.overlay.layer), &fence)).collect();
+        let members: Vec<_> = views.iter().map(|view| view.fence().cloned()).collect();
+        let measured = || {
+            let times = members.iter().map(|member| member.as_ref().map(FenceMember::times).unwrap_or_default());
+            times.collect::<Vec<_>>()
+        };
         let began = self.environment.now();
         let old_views: Vec<_> = cuts.iter().zip(views).map(|(cut, view)| cut.device.stack.publish(view)).collect();
         fence.switch();
@@ -286,21 +291,21 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let outcome = if in_time { outcome } else { FenceOutcome::Expired };
         let switched: Vec<_> = cuts.into_iter().zip(old_views).map(|(cut, view)| self.put_on_top(name, cut, view)).collect();
         progress.job.step();
-        let times = DeviceTimes { switch_us: Some(microseconds(fence.times().switch)), hold_us: None, freeze_us: None };
-        let times_of: Vec<_> = record.devices.iter().map(|member| (member.device.clone(), times)).collect();
+        let times = |times: FenceTimes| DeviceTimes { switch_us: Some(microseconds(times.switch)), hold_us: None, freeze_us: None };
+        let times_of: Vec<_> =
+            record.devices.iter().zip(measured()).map(|(member, measured)| (member.device.clone(), times(measured))).collect();
         let expired = (outcome == FenceOutcome::Expired).then_some(RunError::Deadline(deadline_ms));
         let state = if expired.is_some() { catalogue::SnapshotState::Failed } else { catalogue::SnapshotState::Switched };
-        self.announce_switch(progress, &record, times, expired.as_ref());
+        self.announce_switch(progress, record, &times_of, expired.as_ref());
         let (key, error) = (name.to_owned(), expired.as_ref().map(ToString::to_string));
         let adopting = self.catalogue.run(move |store| store.adopt_overlays(&key, &times_of, state, error));
         // The old layers are beneath others now, whatever became of the snapshot: they are brought to rest in any case. At the same time, because
         // requests may be waiting for the old views, and must not wait for the catalogue's disk.
         let freezing = join_all(switched.into_iter().map(|member| self.freeze_one(member, began)));
         let (adopted, frozen) = join(adopting, freezing).await;
-        let hold_us = Some(microseconds(fence.times().longest_hold));
         let mut all_times = Vec::new();
         let mut failure = expired.or_else(|| adopted.err().map(RunError::from));
-        for (device, result) in frozen {
+        for ((device, result), measured) in frozen.into_iter().zip(measured()) {
             let freeze_us = match result {
                 Ok(time) => Some(microseconds(time)),
                 Err(source) => {
@@ -308,7 +313,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                     None
                 }
             };
-            all_times.push((device, DeviceTimes { hold_us, freeze_us, ..times }));
+            let hold_us = Some(microseconds(measured.longest_hold));
+            all_times.push((device, DeviceTimes { hold_us, freeze_us, ..times(measured) }));
         }
         self.commit(name, progress, all_times, failure, outcome).await
     }
@@ -327,10 +333,15 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         Switched { device, old, view }
     }
 
-    fn announce_switch(&self, progress: &Progress, record: &SnapshotRecord, times: DeviceTimes, expired: Option<&RunError>) {
-        let mut record = record.clone();
-        for member in &mut record.devices {
-            member.times = times;
+    fn announce_switch(
+        &self,
+        progress: &Progress,
+        mut record: SnapshotRecord,
+        times: &[(String, DeviceTimes)],
+        expired: Option<&RunError>,
+    ) {
+        for (member, (_, times)) in record.devices.iter_mut().zip(times) {
+            member.times = *times;
         }
         let shown = info_of(&record, Some(progress.job.id().to_owned()));
         let info = progress.update(|info| {

@@ -15,7 +15,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::runtime::WaitQueue;
@@ -207,10 +207,10 @@ pub enum FenceOutcome {
     Expired,
 }
 
-/// What a fence measured.
+/// What a fence measured, over all its members or of one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FenceTimes {
-    /// From the first to the last participant past the cut.
+    /// From the moment in which the first participant may pass the cut until the last one has.
     pub switch: Duration,
     /// The longest time for which a completion was held.
     pub longest_hold: Duration,
@@ -222,25 +222,98 @@ struct Times {
     measured: FenceTimes,
 }
 
+/// One stack's part in a fence.
+#[derive(Debug)]
+struct Part {
+    marks: Arc<Marks>,
+    measured: Mutex<PartTimes>,
+}
+
+#[derive(Debug, Default)]
+struct PartTimes {
+    /// When its participants had passed, since the switch began.
+    passed: Option<Duration>,
+    longest_hold: Duration,
+}
+
+impl Part {
+    fn measured(&self) -> MutexGuard<'_, PartTimes> {
+        self.measured.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether all participants of this stack have passed; takes note of when. Who has passed once never takes into an old view again.
+    fn has_passed(&self, generation: u64, since_began: impl FnOnce() -> Duration) -> bool {
+        let passed = self.marks.all_passed(generation);
+        if passed {
+            self.measured().passed.get_or_insert_with(since_began);
+        }
+        passed
+    }
+}
+
+/// A stack's membership in a fence, as its views have it.
+#[derive(Clone, Debug)]
+pub struct FenceMember {
+    fence: Arc<Fence>,
+    part: Arc<Part>,
+}
+
+impl FenceMember {
+    /// The fence.
+    pub fn fence(&self) -> &Arc<Fence> {
+        &self.fence
+    }
+
+    /// What was measured of this stack alone; complete once the held completions have gone on.
+    pub fn times(&self) -> FenceTimes {
+        let whole = self.fence.times();
+        let measured = self.part.measured();
+        FenceTimes { switch: measured.passed.unwrap_or(whole.switch), longest_hold: measured.longest_hold }
+    }
+
+    /// Ends when a completion may be published, and measures how long it was held.
+    pub(super) async fn hold_completion(&self) {
+        if self.fence.state.load(SeqCst) != HELD {
+            return;
+        }
+        let clock = &self.fence.domain.clock;
+        let began = clock();
+        self.fence.ended().await;
+        let held = clock().saturating_sub(began);
+        {
+            let mut measured = self.part.measured();
+            measured.longest_hold = measured.longest_hold.max(held);
+        }
+        let mut times = self.fence.lock_times();
+        times.measured.longest_hold = times.measured.longest_hold.max(held);
+    }
+}
+
 /// One switch of any number of stacks. See the module's description.
 pub struct Fence {
     domain: Arc<FenceDomain>,
     state: AtomicU8,
     /// What participants must show; the maximum before the switch, so that nobody has passed yet.
     generation: AtomicU64,
-    members: Mutex<Vec<Arc<Marks>>>,
+    members: Mutex<Vec<Arc<Part>>>,
     ended: WaitQueue,
     times: Mutex<Times>,
 }
 
 impl Fence {
-    pub(super) fn add_member(&self, marks: &Arc<Marks>) {
-        self.members.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(marks));
+    pub(super) fn add_member(self: &Arc<Self>, marks: &Arc<Marks>) -> FenceMember {
+        let part = Arc::new(Part { marks: Arc::clone(marks), measured: Mutex::default() });
+        self.members.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&part));
+        FenceMember { fence: Arc::clone(self), part }
+    }
+
+    fn lock_times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins the switch. Call right after publishing the prepared view of every member. Releases at once if nobody needs to be waited for.
     pub fn switch(self: &Arc<Self>) {
-        self.times.lock().unwrap_or_else(PoisonError::into_inner).began = (self.domain.clock)();
+        self.lock_times().began = (self.domain.clock)();
         {
             let mut pending = self.domain.pending.lock().unwrap_or_else(PoisonError::into_inner);
             pending.push(Arc::clone(self));
@@ -273,34 +346,29 @@ impl Fence {
 
     /// What was measured; complete once the held completions have gone on.
     pub fn times(&self) -> FenceTimes {
-        self.times.lock().unwrap_or_else(PoisonError::into_inner).measured
-    }
-
-    /// Ends when a completion may be published, and measures how long it was held.
-    pub(super) async fn hold_completion(&self) {
-        if self.state.load(SeqCst) != HELD {
-            return;
-        }
-        let began = (self.domain.clock)();
-        self.ended().await;
-        let held = (self.domain.clock)().saturating_sub(began);
-        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-        times.measured.longest_hold = times.measured.longest_hold.max(held);
+        self.lock_times().measured
     }
 
     fn release_if_passed(&self) {
         let generation = self.generation.load(SeqCst);
+        if generation == u64::MAX {
+            return;
+        }
+        let since_began = || (self.domain.clock)().saturating_sub(self.lock_times().began);
         let members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-        if members.iter().all(|marks| marks.all_passed(generation)) && generation != u64::MAX {
-            drop(members);
+        // Each is asked, so that each has its time.
+        let waiting = members.iter().filter(|part| !part.has_passed(generation, since_began)).count();
+        drop(members);
+        if waiting == 0 {
             self.end(RELEASED);
         }
     }
 
     fn end(&self, state: u8) {
         let now = (self.domain.clock)();
+        // Locked before: whoever sees the new state finds the time that belongs to it.
+        let mut times = self.lock_times();
         if self.state.compare_exchange(HELD, state, SeqCst, SeqCst).is_ok() {
-            let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
             times.measured.switch = now.saturating_sub(times.began);
             drop(times);
             self.domain.forget(self);
@@ -326,7 +394,7 @@ mod tests {
     fn fence_over(domain: &Arc<FenceDomain>, marks: &[&Arc<Marks>]) -> Arc<Fence> {
         let fence = domain.fence();
         for marks in marks {
-            fence.add_member(marks);
+            let _ = fence.add_member(marks);
         }
         fence
     }
@@ -391,6 +459,26 @@ mod tests {
         assert_eq!(fence.expire(), FenceOutcome::Expired);
         running.begin_turn(|| {});
         assert_eq!(fence.outcome(), Some(FenceOutcome::Expired));
+    }
+
+    #[test]
+    fn each_stack_is_measured_for_itself() {
+        let now = Arc::new(AtomicU64::new(0));
+        let clock = Arc::clone(&now);
+        let domain = FenceDomain::new(move || Duration::from_micros(clock.load(SeqCst)));
+        let (quick, slow) = (Arc::new(Marks::default()), Arc::new(Marks::default()));
+        let mut threads = [domain.join(), domain.join()];
+        let _attachments = [threads[0].attach(&quick), threads[1].attach(&slow)];
+        threads.iter_mut().for_each(|thread| thread.begin_turn(|| {}));
+        let fence = domain.fence();
+        let members = [&quick, &slow].map(|marks| fence.add_member(marks));
+        fence.switch();
+        for (thread, time) in threads.iter_mut().zip([3, 50]) {
+            now.store(time, SeqCst);
+            thread.begin_turn(|| {});
+        }
+        assert_eq!(members.map(|member| member.times().switch.as_micros()), [3, 50]);
+        assert_eq!((fence.outcome(), fence.times().switch.as_micros()), (Some(FenceOutcome::Released), 50));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::layer::Layer;
 use crate::storage::Environment;
 use crate::units::{GuestOffset, GuestRange, SECTOR_BYTES};
 
-pub use fence::{Attachment, Fence, FenceDomain, FenceOutcome, FenceTimes, Participant};
+pub use fence::{Attachment, Fence, FenceDomain, FenceMember, FenceOutcome, FenceTimes, Participant};
 pub use map::{Piece, Place};
 
 use fence::Marks;
@@ -56,7 +56,7 @@ pub struct View<E: Environment> {
     stack: std::sync::Weak<Stack<E>>,
     layers: Arc<[Arc<Layer<E>>]>,
     map: Arc<ChainMap>,
-    fence: Option<Arc<Fence>>,
+    fence: Option<FenceMember>,
     retirement: Arc<Retirement>,
 }
 
@@ -142,9 +142,9 @@ impl<E: Environment> Stack<E> {
         } else {
             Arc::clone(&present.map)
         };
-        fence.add_member(&self.marks);
+        let member = fence.add_member(&self.marks);
         let retirement = self.retirements.add(layers.len() - 1);
-        Arc::new(View { stack: Arc::downgrade(self), layers, map, fence: Some(Arc::clone(fence)), retirement })
+        Arc::new(View { stack: Arc::downgrade(self), layers, map, fence: Some(member), retirement })
     }
 
     /// Makes a prepared view the present one: what is taken from the next turn of each queue on goes to it. Returns the view before. Follow
@@ -244,6 +244,11 @@ impl<E: Environment> View<E> {
     /// The stack. Requests only exist while somebody holds it.
     fn stack(&self) -> Option<Arc<Stack<E>>> {
         self.stack.upgrade()
+    }
+
+    /// This stack's part in the fence that made it so, if one did.
+    pub fn fence(&self) -> Option<&FenceMember> {
+        self.fence.as_ref()
     }
 
     /// Ends when the results of requests of this view may be made visible: at once, but for the moment in which its fence is being passed.

@@ -155,7 +155,7 @@ impl<E: Environment> View<E> {
         }
         // Requests from before the cut may still be writing to the same unit in an older layer, and their bytes belong in the copy.
         if let (Some(fence), Some(stack)) = (&self.fence, self.stack()) {
-            fence.ended().await;
+            fence.fence().ended().await;
             if let Some(older) = self.top_number().checked_sub(1) {
                 stack.retirements.all_up_to(older).await;
             }
