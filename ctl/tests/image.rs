@@ -33,6 +33,14 @@ impl Chance {
     }
 }
 
+/// A folder for many images, in memory where there is room: each costs several flushes, and nothing here depends on them.
+fn folder() -> tempfile::TempDir {
+    const ROOM: u64 = 2 << 30;
+    let shared = Path::new("/dev/shm");
+    let has_room = rustix::fs::statvfs(shared).is_ok_and(|space| space.f_bavail.saturating_mul(space.f_frsize) >= ROOM);
+    if has_room { tempfile::tempdir_in(shared).unwrap() } else { tempfile::tempdir().unwrap() }
+}
+
 fn run(program: &str, folder: &Path, arguments: &[String]) -> Output {
     let output = Command::new(program).current_dir(folder).args(arguments).output();
     output.unwrap_or_else(|error| panic!("cannot run {program}: {error}; tests/setup/install.sh installs what the tests need"))
@@ -139,7 +147,7 @@ fn comparable(map: &Value) -> Vec<Value> {
 fn map_and_info_agree_with_qemu_img() {
     let mut chance = Chance::new();
     for image in 0..IMAGES {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = folder();
         let (top, format) = random_chain(folder.path(), &mut chance);
         let theirs = done("qemu-img", folder.path(), &words(&format!("map --output=json -f {format} {top}")));
         let theirs: Value = serde_json::from_str(&theirs).unwrap();
@@ -241,8 +249,8 @@ fn random_layout(chance: &mut Chance, is_overlay: bool) -> (String, String) {
 fn created_images_are_as_qemu_img_makes_them() {
     let mut chance = Chance::new();
     for image in 0..IMAGES {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path();
+        let scratch = folder();
+        let folder = scratch.path();
         let is_overlay = chance.below(2) == 0;
         let (theirs, ours) = random_layout(&mut chance, is_overlay);
         let base_size = 512 * (1 + chance.below(8 << 11));

@@ -61,7 +61,7 @@ pub(crate) fn run(seed: u64) -> Totals {
     let mut chance = Chance::new(seed);
     let cache = if chance.happens(1, 2) { CacheMode::Direct } else { CacheMode::Buffered };
     let mut case = Case {
-        folder: Folder::new(),
+        folder: Folder::new(!seed.is_multiple_of(5)),
         chance,
         totals: Totals::default(),
         chain: Vec::new(),

@@ -6,10 +6,13 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::{StatVfs, statvfs};
 use snapfence_image_format::chain::Format;
 
 use crate::operation::{Fill, Operation};
 
+/// Bytes that must be free for a folder in memory.
+const ROOM: u64 = 2 << 30;
 /// How often to try what a lock may be in the way of. While another thread starts a program, that one shares the locks of all our open files
 /// for a moment, even of those that we close meanwhile.
 pub(crate) const LOCK_TRIES: usize = 500;
@@ -21,8 +24,12 @@ pub(crate) const LOCK_PAUSE: Duration = Duration::from_millis(10);
 pub(crate) struct Folder(tempfile::TempDir);
 
 impl Folder {
-    pub(crate) fn new() -> Self {
-        Self(tempfile::tempdir().expect("a temporary folder"))
+    /// A new one, for most cases in memory: every image costs several flushes, and nothing here depends on them.
+    pub(crate) fn new(in_memory: bool) -> Self {
+        let shared = Path::new("/dev/shm");
+        let has_room = |space: StatVfs| space.f_bavail.saturating_mul(space.f_frsize) >= ROOM;
+        let folder = if in_memory && statvfs(shared).is_ok_and(has_room) { tempfile::tempdir_in(shared) } else { tempfile::tempdir() };
+        Self(folder.expect("a temporary folder"))
     }
 
     /// The absolute path, without symbolic links, of a file in it.
