@@ -1,9 +1,10 @@
 //! One disk as guests see it, whoever is connected to it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use snapfence_image_format::error::LayerError;
+use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::Stack;
 use snapfence_image_format::storage::Environment;
 use tracing::warn;
@@ -53,7 +54,40 @@ pub struct Device<E: Environment> {
     serial: [u8; ID_BYTES],
     stack: Arc<Stack<E>>,
     cache: WriteCache,
+    stragglers: Arc<Stragglers>,
     failures: AtomicU64,
+}
+
+/// Requests that were given up while they were in flight, as on a disk that does not answer. They may still write, or read into guest memory, so
+/// nothing is taken from any queue of the device before they have ended.
+#[derive(Debug, Default)]
+pub struct Stragglers {
+    count: AtomicUsize,
+    gone: WaitQueue,
+}
+
+impl Stragglers {
+    /// So many more have been given up.
+    pub fn add(&self, count: usize) {
+        self.count.fetch_add(count, Ordering::AcqRel);
+    }
+
+    /// One of them has ended.
+    pub fn remove(&self) {
+        if self.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.gone.notify_all();
+        }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Ends when there are none.
+    pub async fn gone(&self) {
+        self.gone.wait_until(|| (self.count() == 0).then_some(())).await;
+    }
 }
 
 impl<E: Environment> Device<E> {
@@ -71,7 +105,7 @@ impl<E: Environment> Device<E> {
         if !options.queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&options.queue_size) {
             return Err(DeviceError::QueueSize(options.queue_size));
         }
-        Ok(Arc::new(Self { options, serial, stack, cache: WriteCache::default(), failures: AtomicU64::new(0) }))
+        Ok(Arc::new(Self { options, serial, stack, cache: WriteCache::default(), stragglers: Arc::default(), failures: AtomicU64::new(0) }))
     }
 
     /// What the operator calls it.
@@ -102,6 +136,11 @@ impl<E: Environment> Device<E> {
     /// The guest's choice between write-back and write-through.
     pub fn cache(&self) -> &WriteCache {
         &self.cache
+    }
+
+    /// Requests that were given up in flight.
+    pub fn stragglers(&self) -> &Arc<Stragglers> {
+        &self.stragglers
     }
 
     /// Requests that the stack has failed.

@@ -21,7 +21,7 @@ use snapfence_image_format::stack::{FenceDomain, FenceOutcome, Stack};
 use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, SimulatedEnvironment, SimulatedThread, Simulation};
 use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment, Location};
 use snapfenced::device::{Device, DeviceOptions};
-use snapfenced::vring::{GuestMemory, RingFeatures, RingLayout};
+use snapfenced::vring::{GuestMemory, InflightLog, InflightQueue, RingFeatures, RingLayout};
 use snapfenced::worker::{QueueHandle, Start, Turn, Worker};
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -106,12 +106,18 @@ impl Setting {
     }
 
     fn start(&mut self) {
+        self.restart(None);
+    }
+
+    /// Runs the ring, with the front-end's record if it keeps one.
+    fn restart(&mut self, record: Option<InflightQueue>) {
         let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
         let started = self.queue.start(Start {
             layout: self.driver.layout,
             features: RingFeatures { event_idx: false, indirect: true },
             base: 0,
             memory: self.driver.memory(),
+            record,
             kick: kick.try_into().expect("an eventfd"),
             call: None,
             error: None,
@@ -279,16 +285,40 @@ fn a_ring_that_cannot_drain_can_be_given_up_and_started_again() {
     let abandoned = setting.queue.abandon();
     setting.simulation.run_until_stalled();
     assert_eq!(abandoned.try_recv(), Ok(2), "two were taken");
-    // The front-end takes its memory back; the read, which ends late, has kept its own.
+    assert_eq!(setting.completed(), [(0, 1)], "what was given up is given back as failed");
     setting.environment.clear_faults();
     setting.start();
+    setting.submit(2, OUT, 0, Ok(&[2; 512]));
     setting.simulation.run_until_stalled();
-    // One of two came back, so the driver's second chain is taken as if for the first time.
-    assert_eq!(setting.completed(), [(1, 0)]);
+    assert_eq!(setting.completed(), [], "nothing is taken while the read may still reach guest memory");
     setting.environment.release_hung();
     setting.simulation.run_until_stalled();
-    assert_eq!(setting.completed(), [], "what was given up is not given back");
-    assert_eq!(setting.driver.read(Setting::status_at(0), 1), [0x5a], "nor answered");
+    assert_eq!(setting.completed(), [(2, 0)], "and the read does not come back again");
+    assert_eq!(setting.driver.read(Setting::status_at(0), 1), [1]);
+}
+
+#[test]
+fn a_ring_with_a_record_serves_again_what_was_given_up() {
+    let mut setting = Setting::new(seed(), false);
+    let (layout, file) = InflightLog::create(1, QUEUE_SIZE, (1, QUEUE_SIZE)).expect("memory");
+    let log = InflightLog::map(layout, file.into(), (1, QUEUE_SIZE)).expect("just made");
+    setting.restart(log.queue(0));
+    setting.environment.inject(Fault::once(OperationKind::Read, 0).with(FaultEffect::Hang));
+    setting.submit(0, IN, 0, Err(512));
+    setting.submit(1, OUT, 0, Ok(&[1; 512]));
+    setting.simulation.run_until_stalled();
+    assert_eq!(setting.completed(), [(1, 0)]);
+    let abandoned = setting.queue.abandon();
+    setting.simulation.run_until_stalled();
+    assert_eq!(abandoned.try_recv(), Ok(2));
+    assert_eq!(setting.completed(), []);
+    setting.restart(log.queue(0));
+    setting.simulation.run_until_stalled();
+    assert_eq!(setting.completed(), [], "it has not ended yet");
+    setting.environment.release_hung();
+    setting.simulation.run_until_stalled();
+    assert_eq!(setting.completed(), [(0, 0)]);
+    assert_eq!(setting.driver.read(DATA + 0x1000, 512), [1; 512]);
 }
 
 #[test]

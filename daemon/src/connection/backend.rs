@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,8 +14,11 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::configuration;
+use super::relay::InflightKeeper;
 use super::vring::{Control, HookVring, Memory};
 use crate::device::Device;
+use crate::vring::inflight::{InflightError, InflightLayout};
+use crate::vring::{GuestMemory, InflightLog};
 
 /// Answers the messages that are not about one ring.
 #[derive(Debug)]
@@ -36,6 +40,12 @@ impl<E: Environment> Backend<E> {
         &self.rings
     }
 
+    /// Most queues, and largest queue size.
+    fn record_limits(&self) -> (u16, u16) {
+        let options = self.device.options();
+        (options.queues, options.queue_size)
+    }
+
     /// Stops all rings at once, after what is in flight.
     pub(super) fn stop_rings(&self) {
         let stopping: Vec<_> = self.rings.iter().map(|ring| (ring, ring.begin_stop())).collect();
@@ -52,6 +62,20 @@ impl<E: Environment> Backend<E> {
             self.has_started.store(true, Ordering::Relaxed);
         }
         self.has_started.load(Ordering::Relaxed)
+    }
+}
+
+impl<E: Environment> InflightKeeper for Backend<E> {
+    fn create(&self, queues: u16, queue_size: u16) -> Result<(InflightLayout, File), InflightError> {
+        InflightLog::create(queues, queue_size, self.record_limits())
+    }
+
+    fn set(&self, layout: InflightLayout, file: OwnedFd) -> Result<(), InflightError> {
+        let record = InflightLog::map(layout, file, self.record_limits())?;
+        for (index, ring) in (0..).zip(&self.rings) {
+            ring.set_record(record.queue(index));
+        }
+        Ok(())
     }
 }
 
@@ -113,9 +137,11 @@ impl<E: Environment> VhostUserBackend for Backend<E> {
         Ok(())
     }
 
-    /// The memory table has changed. Returns, and so lets the front-end go on, when nothing in flight uses the table before.
+    /// The memory table has changed. Returns, and so lets the front-end go on, when nothing in flight uses the table before. A table that cannot be
+    /// used ends the connection.
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
         let memory = memory.memory().into_inner();
+        GuestMemory::admit(&memory)?;
         let changing: Vec<_> = self.rings.iter().map(|ring| (ring, ring.change_memory(&memory))).collect();
         let deadline = Control::drain_deadline();
         for (ring, answer) in changing {

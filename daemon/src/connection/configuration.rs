@@ -49,7 +49,7 @@ pub(super) fn ring_features(accepted: u64) -> RingFeatures {
     RingFeatures { event_idx: accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0, indirect: accepted & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0 }
 }
 
-/// Features of the protocol between front-end and us. `INFLIGHT_SHMFD` would be here: see the module's header.
+/// Features of the protocol between front-end and us.
 pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::MQ
@@ -57,6 +57,7 @@ pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::DEVICE_STATE
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// The configuration space from `offset` on, exactly `size` bytes: zeros where it has ended. QEMU asks for a prefix, Cloud Hypervisor for the

@@ -4,19 +4,19 @@
 //! - `configuration`: what the device offers.
 //! - `vring`, `backend`: our side of crate vhost-user-backend, which reads the messages and keeps the memory table. It can serve one connection
 //!   only, so each gets a new one; nothing of the device is in there.
-//!
-//! Not offered yet, and where it belongs: `INFLIGHT_SHMFD`, by which a restarted daemon learns what was in flight. The crate refuses its two messages,
-//! so a relay in front of it must answer them; the shared log is written where a queue takes a chain and gives it back (`worker::queue`), and
-//! read where a ring starts ([`Ring::new`](crate::vring::Ring::new)). Until then a ring goes on from its used index, which is
-//! exact after everything but the death of the daemon.
+//! - `relay`: answers two messages that the crate refuses, about the record of requests in flight (`vring::inflight`). A queue keeps that record;
+//!   a daemon that is started after one that was killed goes on with what is in it, when the front-end connects again.
 
 mod backend;
 mod configuration;
 pub mod listen;
+mod relay;
 mod vring;
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -25,10 +25,11 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use snapfence_image_format::storage::Environment;
 use tracing::{error, info, warn};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon};
+use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use self::backend::Backend;
+use self::relay::{Relay, private_connection};
 use self::vring::{Control, with_controls};
 use crate::device::Device;
 use crate::worker::WorkerHandle;
@@ -63,8 +64,23 @@ struct Stop {
 #[derive(Default)]
 struct StopState {
     is_stopping: bool,
-    /// Ends the present connection.
-    connection: Option<ShutdownHandle>,
+    /// The present connection.
+    connection: Option<Link>,
+}
+
+/// The sockets of a connection, towards the front-end and towards the crate.
+struct Link {
+    front_end: UnixStream,
+    back_end: UnixStream,
+}
+
+impl Link {
+    fn shut_down(&self) {
+        for socket in [&self.front_end, &self.back_end] {
+            // A socket that is closed already needs nothing.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
 }
 
 impl std::fmt::Debug for Stop {
@@ -112,7 +128,7 @@ impl Server {
         let mut state = self.stop.lock();
         state.is_stopping = true;
         if let Some(connection) = &state.connection {
-            connection.shutdown();
+            connection.shut_down();
         }
         // The counter of an eventfd that is written once cannot be full.
         let _ = rustix::io::write(&self.stop.signal, &1_u64.to_ne_bytes());
@@ -177,26 +193,35 @@ impl<E: Environment, R: Fn(ConnectionEvent)> Acceptor<E, R> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let name = format!("vhost {}", self.device.name());
         let mut daemon = with_controls(backend.rings(), || VhostUserDaemon::new(name, Arc::clone(&backend), memory))?;
-        let listener = self.listening.listener().try_clone().map_err(BackendError::StartDaemon)?;
+        let (front_end, _) = self.listening.listener().accept().map_err(BackendError::StartDaemon)?;
+        let (listener, back_end) = private_connection().map_err(BackendError::StartDaemon)?;
         daemon.start(&mut Listener::from(listener))?;
+        let link = Link {
+            front_end: front_end.try_clone().map_err(BackendError::StartDaemon)?,
+            back_end: back_end.try_clone().map_err(BackendError::StartDaemon)?,
+        };
         {
             let mut state = self.stop.lock();
-            state.connection = daemon.shutdown_handle();
             if state.is_stopping {
-                daemon.request_shutdown();
+                link.shut_down();
             }
+            state.connection = Some(link);
         }
         info!(event = "connected", device = self.device.name(), "front-end connected");
         (self.report)(ConnectionEvent::Connected);
+        let relayed = Relay::new(&front_end, &back_end, &*backend).run();
         let outcome = daemon.wait();
         backend.stop_rings();
         drop(daemon);
         self.stop.lock().connection = None;
-        match outcome {
-            Ok(()) | Err(BackendError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
+        match (relayed, outcome) {
+            (Err(error), _) => {
+                warn!(event = "disconnected", device = self.device.name(), cause = %error, "front-end cut off");
+            }
+            (Ok(()), Ok(()) | Err(BackendError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage))) => {
                 info!(event = "disconnected", device = self.device.name(), "front-end disconnected");
             }
-            Err(error) => warn!(event = "disconnected", device = self.device.name(), cause = %error, "front-end cut off"),
+            (Ok(()), Err(error)) => warn!(event = "disconnected", device = self.device.name(), cause = %error, "front-end cut off"),
         }
         (self.report)(ConnectionEvent::Disconnected);
         Ok(())

@@ -18,7 +18,7 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::vring::{EventDescriptor, GuestMemory, RingFeatures, RingLayout, Signal};
+use crate::vring::{EventDescriptor, GuestMemory, InflightQueue, RingFeatures, RingLayout, Signal};
 use crate::worker::{QueueHandle, Start};
 
 /// Guest memory as the crate keeps it.
@@ -45,6 +45,7 @@ struct State {
     layout: RingLayout,
     base: u16,
     features: RingFeatures,
+    record: Option<InflightQueue>,
     is_enabled: bool,
     is_running: bool,
     /// The next "no kick descriptor" belongs to a stop and is no message.
@@ -64,6 +65,21 @@ impl Control {
 
     pub(super) fn set_indirect(&self, indirect: bool) {
         self.state().features.indirect = indirect;
+    }
+
+    /// `SET_INFLIGHT_FD`: this queue's part, from its next start on. Front-ends send it before they start anything.
+    pub(super) fn set_record(&self, record: Option<InflightQueue>) {
+        let mut state = self.state();
+        if state.is_running {
+            warn!(
+                event = "ring_message_ignored",
+                device = self.device,
+                queue = self.index,
+                "running ring keeps its record of requests in flight"
+            );
+        } else {
+            state.record = record;
+        }
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -139,6 +155,7 @@ impl Control {
             features: state.features,
             base: state.base,
             memory: GuestMemory::new(&memory.memory().into_inner()),
+            record: state.record.clone(),
             kick,
             call: state.call.clone(),
             error: state.error.clone(),

@@ -61,7 +61,7 @@ impl Driver {
     }
 
     pub(crate) fn ring(&self, features: RingFeatures) -> super::Ring {
-        super::Ring::new(self.memory(), self.layout, features, self.avail).expect("a good layout")
+        super::Ring::new(self.memory(), self.layout, features, self.avail, None).expect("a good layout")
     }
 
     pub(crate) fn store(&self, address: u64, value: u16) {

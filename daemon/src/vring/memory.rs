@@ -6,13 +6,17 @@
 //! handle that keeps it mapped.
 
 use std::any::Any;
+use std::fs::File;
+use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use smallvec::SmallVec;
 use snapfence_image_format::buffer::SharedVectors;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+
+use super::mapping::{self, Watched};
 
 /// The guest's memory during one epoch, that is, between two changes of the memory table. Cheap to look things up in; one per queue, so that
 /// queues do not share its reference count.
@@ -20,7 +24,15 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 pub struct GuestMemory {
     /// Ascending, not overlapping.
     regions: Arc<[Region]>,
-    keep: Arc<dyn Any + Send + Sync>,
+    kept: Arc<Kept>,
+}
+
+/// What keeps the guest's memory mapped.
+#[derive(Debug)]
+struct Kept {
+    /// Goes before the mappings.
+    watched: Vec<Watched>,
+    _mmap: Arc<GuestMemoryMmap>,
 }
 
 /// Guest addresses from `start` up to, not including, `end`, mapped at `base`.
@@ -47,8 +59,31 @@ impl GuestMemory {
             })
             .collect();
         regions.sort_unstable_by_key(|region| region.start);
+        let watched = mmap.iter().map(|region| Watched::new(region.as_ptr() as usize, region.size())).collect();
         // An `Arc` of its own around the shared one: its count is this queue's alone.
-        Self { regions: regions.into(), keep: Arc::new(Arc::clone(mmap)) }
+        Self { regions: regions.into(), kept: Arc::new(Kept { watched, _mmap: Arc::clone(mmap) }) }
+    }
+
+    /// Checks that the files behind `mmap` have what it maps.
+    ///
+    /// # Errors
+    /// If one has not, or cannot be memory.
+    pub fn admit(mmap: &GuestMemoryMmap) -> io::Result<()> {
+        for region in mmap.iter() {
+            if let Some(file) = region.file_offset() {
+                mapping::admit(file.file(), file.start(), region.len())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the front-end has made a file of the memory shorter beneath us: nothing that is read there means anything.
+    pub fn is_lost(&self) -> bool {
+        self.kept.watched.iter().any(Watched::is_lost)
+    }
+
+    fn keep(&self) -> Arc<dyn Any + Send + Sync> {
+        Arc::clone(&self.kept) as Arc<dyn Any + Send + Sync>
     }
 
     /// The bytes from `address` on that are mapped in one piece, at most `len`; `None` if there is none.
@@ -70,7 +105,7 @@ impl GuestMemory {
     pub fn area(&self, address: u64, len: usize, alignment: usize) -> Option<Area> {
         let (base, mapped) = self.piece(address, len as u64)?;
         let aligned = address.is_multiple_of(alignment as u64) && base.addr().get().is_multiple_of(alignment);
-        (aligned && mapped == len as u64).then(|| Area { base, len, _keep: Arc::clone(&self.keep) })
+        (aligned && mapped == len as u64).then(|| Area { base, len, _keep: self.keep() })
     }
 
     /// A copy of the `N` bytes at `address`, if they are mapped in one piece.
@@ -132,11 +167,46 @@ impl<'m> Gather<'m> {
     pub fn finish(self) -> SharedVectors {
         // SAFETY: each vector lies within a region (`push`) of a mapping that is readable and writable, is kept by `keep`, and to which this
         // module, the only one that sees the addresses, makes no references.
-        unsafe { SharedVectors::new(self.vectors, Arc::clone(&self.memory.keep)) }
+        unsafe { SharedVectors::new(self.vectors, self.memory.keep()) }
     }
 }
 
-/// One of the three parts of a ring: a run of guest memory in which single fields are read and written.
+/// Memory that the front-end shares beside the guest's: a part of a file.
+#[derive(Debug)]
+pub struct SharedRegion(Arc<WatchedRegion>);
+
+#[derive(Debug)]
+struct WatchedRegion {
+    /// Goes before the mapping.
+    _watched: Watched,
+    region: MmapRegion,
+}
+
+impl SharedRegion {
+    /// Maps `len` bytes of `file` from `offset` on, a multiple of the page size.
+    ///
+    /// # Errors
+    /// If the file does not have them, or cannot be mapped.
+    pub fn map(file: File, offset: u64, len: usize) -> io::Result<Self> {
+        mapping::admit(&file, offset, len as u64)?;
+        let region = MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(io::Error::other)?;
+        let _watched = Watched::new(region.as_ptr() as usize, region.size());
+        Ok(Self(Arc::new(WatchedRegion { _watched, region })))
+    }
+
+    /// The `len` bytes at `offset`, if they are within.
+    pub fn area(&self, offset: usize, len: usize) -> Option<Area> {
+        if offset.checked_add(len)? > self.0.region.size() {
+            return None;
+        }
+        // SAFETY: the offset lies within the mapping, or at its end if there are no bytes.
+        let base = unsafe { NonNull::new(self.0.region.as_ptr())?.add(offset) };
+        Some(Area { base, len, _keep: Arc::clone(&self.0) as Arc<dyn Any + Send + Sync> })
+    }
+}
+
+/// A run of shared memory in which single fields are read and written: one of the three parts of a ring, or a queue's record of what is in
+/// flight.
 ///
 /// # Panics
 /// Every access panics if it reaches past the end or is not aligned: offsets come from the ring's own, checked size.
@@ -159,26 +229,60 @@ impl Area {
         field
     }
 
-    fn atomic(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: aligned and mapped (`field`) for as long as `self` keeps the memory. Inside this process it is accessed as an atomic only;
-        // an atomic may be shared with other processes.
+    fn atomic_u8(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: mapped (`field`) for as long as `self` keeps the memory. Inside this process it is accessed as an atomic only; an atomic may
+        // be shared with other processes.
+        unsafe { AtomicU8::from_ptr(self.field::<u8>(offset).as_ptr()) }
+    }
+
+    fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: aligned and mapped (`field`); the rest as for `atomic_u8`.
         unsafe { AtomicU16::from_ptr(self.field::<u16>(offset).as_ptr()) }
+    }
+
+    fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: aligned and mapped (`field`); the rest as for `atomic_u8`.
+        unsafe { AtomicU64::from_ptr(self.field::<u64>(offset).as_ptr()) }
+    }
+
+    /// The byte at `offset`.
+    pub fn load_u8(&self, offset: usize) -> u8 {
+        self.atomic_u8(offset).load(Ordering::Relaxed)
+    }
+
+    /// Sets the byte at `offset`.
+    pub fn store_u8(&self, offset: usize, value: u8, order: Ordering) {
+        self.atomic_u8(offset).store(value, order);
+        observe();
     }
 
     /// The 16-bit little-endian value at `offset`.
     pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
-        u16::from_le(self.atomic(offset).load(order))
+        u16::from_le(self.atomic_u16(offset).load(order))
     }
 
     /// Sets the 16-bit little-endian value at `offset`.
     pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
-        self.atomic(offset).store(value.to_le(), order);
+        self.atomic_u16(offset).store(value.to_le(), order);
+        observe();
+    }
+
+    /// The 64-bit little-endian value at `offset`.
+    pub fn load_u64(&self, offset: usize) -> u64 {
+        u64::from_le(self.atomic_u64(offset).load(Ordering::Relaxed))
+    }
+
+    /// Sets the 64-bit little-endian value at `offset`.
+    pub fn store_u64(&self, offset: usize, value: u64, order: Ordering) {
+        self.atomic_u64(offset).store(value.to_le(), order);
+        observe();
     }
 
     /// Sets the 32-bit little-endian value at `offset`. Ordered by a later release store.
     pub fn store_u32(&self, offset: usize, value: u32) {
         // SAFETY: `field` is aligned and mapped, and guest memory is writable.
         unsafe { self.field::<u32>(offset).write_volatile(value.to_le()) }
+        observe();
     }
 
     /// A copy of the 16 bytes at `offset`, read once.
@@ -187,6 +291,22 @@ impl Area {
         unsafe { self.field::<[u8; 16]>(offset).read_volatile() }
     }
 }
+
+#[cfg(test)]
+thread_local! {
+    /// What a test wants to do after each store to an area on its thread.
+    pub(super) static OBSERVER: std::cell::RefCell<Option<Box<dyn FnMut()>>> = const { std::cell::RefCell::new(None) };
+}
+
+/// A place between two stores, where a process may end.
+#[cfg(test)]
+fn observe() {
+    OBSERVER.with_borrow_mut(|observer| observer.as_mut().map(|observe| observe()));
+}
+
+#[cfg(not(test))]
+#[inline(always)]
+fn observe() {}
 
 #[cfg(test)]
 mod tests {

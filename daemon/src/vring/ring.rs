@@ -3,10 +3,12 @@
 //! The areas are resolved to checked addresses once per memory table. Available indices are read once per batch, used elements are published
 //! together with one release store and one decision about the interrupt.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
 use snapfence_image_format::buffer::SharedVectors;
 
+use super::inflight::InflightQueue;
 use super::memory::{Area, Gather, GuestMemory};
 
 /// Most data buffers of one request: what one vectored system call takes (`IOV_MAX`).
@@ -67,6 +69,14 @@ pub enum RingError {
         /// Where it should be.
         address: u64,
     },
+    /// The front-end keeps a record of what is in flight, but not of so much.
+    #[error("queue size {size} is above the {entries} entries of the record of requests in flight")]
+    Record {
+        /// Queue size.
+        size: u16,
+        /// What there is room for.
+        entries: u16,
+    },
 }
 
 /// What a driver can do to make its whole ring senseless. Nothing is taken from it any more until the front-end restarts it.
@@ -90,9 +100,9 @@ pub enum Broken {
         /// Queue size.
         size: u16,
     },
-    /// The memory table has changed and the ring is not in it any more.
-    #[error(transparent)]
-    Memory(#[from] RingError),
+    /// The front-end has made a file of the guest's memory shorter.
+    #[error("guest memory was taken away")]
+    MemoryLost,
 }
 
 /// What is wrong with one chain: why its end was not reached or, if it was, the first thing found.
@@ -209,23 +219,60 @@ pub struct Ring {
     seen_avail: u16,
     /// Given back up to here.
     next_used: u16,
+    /// The front-end's record of what is in flight, if it keeps one.
+    record: Option<InflightQueue>,
+    /// Chains that an earlier process has taken and not given back, to be taken first.
+    left_over: VecDeque<u16>,
+    /// Heads of the chains that have been taken and not given back, a bit each.
+    outstanding: Box<[u64]>,
+    /// Whether chains may have been given back before, by whoever had the ring, without an interrupt.
+    has_past: bool,
     kicks: Kicks,
     /// Whether an interrupt decision has been made before, from which the next one counts.
     decided: bool,
 }
 
 impl Ring {
-    /// Sets up the ring at `layout`, to be taken from where guest memory says that chains have been given back: our rings stop only with
-    /// nothing in flight, so both indices are the same then. `base` is what the front-end thinks, and counts if that makes no sense: Cloud
-    /// Hypervisor names the driver's index when it connects again, and so would lose all chains that nobody has taken yet.
+    /// Sets up the ring at `layout`. What it goes on from is in memory:
+    ///
+    /// - With a `record` of what is in flight, that names the chains which an earlier process has left undone. They are taken first, and after
+    ///   them what follows their number and that of the chains which were given back.
+    /// - Without one, or with one that does not fit the ring, chains are taken from where they have been given back: our rings stop only with
+    ///   nothing in flight, so both indices are the same then.
+    ///
+    /// `base` is what the front-end thinks, and counts if neither makes sense: Cloud Hypervisor names the driver's index when it connects again,
+    /// and so would lose all chains that nobody has taken yet.
     ///
     /// # Errors
-    /// If the size makes no sense or a part is not in guest memory.
-    pub fn new(memory: GuestMemory, layout: RingLayout, features: RingFeatures, base: u16) -> Result<Self, RingError> {
+    /// If the size makes no sense, a part is not in guest memory, or the record is too small.
+    pub fn new(
+        memory: GuestMemory,
+        layout: RingLayout,
+        features: RingFeatures,
+        base: u16,
+        mut record: Option<InflightQueue>,
+    ) -> Result<Self, RingError> {
         let (descriptors, available, used) = Self::areas(&memory, layout, features)?;
         let next_used = used.load_u16(INDEX_AT, Ordering::Relaxed);
         let waiting = available.load_u16(INDEX_AT, Ordering::Relaxed).wrapping_sub(next_used);
-        let next_avail = if waiting <= layout.size { next_used } else { base };
+        let mut has_past = next_used != 0;
+        let mut left_over = VecDeque::new();
+        if let Some(record) = &mut record {
+            if record.entries() < layout.size {
+                return Err(RingError::Record { size: layout.size, entries: record.entries() });
+            }
+            let (heads, is_kept) = record.recover(layout.size, next_used);
+            has_past |= is_kept;
+            if heads.len() <= usize::from(waiting.min(layout.size)) {
+                left_over = heads.into();
+            } else {
+                // More in flight than the driver has made available: the record of another ring, set up anew since.
+                record.forget(next_used);
+            }
+        }
+        // At most the queue size.
+        let taken = left_over.len() as u16;
+        let next_avail = if waiting <= layout.size { next_used.wrapping_add(taken) } else { base };
         let mut ring = Self {
             layout,
             features,
@@ -236,6 +283,10 @@ impl Ring {
             next_avail,
             seen_avail: next_avail,
             next_used,
+            record,
+            left_over,
+            outstanding: vec![0; usize::from(layout.size).div_ceil(64)].into(),
+            has_past,
             kicks: Kicks::Unknown,
             decided: false,
         };
@@ -288,18 +339,44 @@ impl Ring {
         self.next_used
     }
 
-    /// Reads how many chains wait to be taken.
+    /// Whether the driver may have missed an interrupt for chains that were given back before this ring was set up.
+    pub fn has_past(&self) -> bool {
+        self.has_past
+    }
+
+    /// Chains that an earlier process has left undone and that have not been taken again yet.
+    pub fn left_over(&self) -> usize {
+        self.left_over.len()
+    }
+
+    /// Whether a front-end keeps a record of what is in flight.
+    pub fn has_record(&self) -> bool {
+        self.record.is_some()
+    }
+
+    /// Chains that have been taken and not given back, read anew.
+    pub fn outstanding(&self) -> impl Iterator<Item = Chain> {
+        let is_outstanding = |head: &u16| self.outstanding[usize::from(*head) / 64] >> (head % 64) & 1 != 0;
+        (0..self.layout.size).filter(is_outstanding).map(|head| self.read_chain(head))
+    }
+
+    /// Reads how many chains wait to be taken, those included that were left over.
     ///
     /// # Errors
     /// If there cannot be so many.
     pub fn waiting(&mut self) -> Result<u16, Broken> {
         let index = self.available.load_u16(INDEX_AT, Ordering::Acquire);
+        // After the look, which may be what has found out.
+        if self.memory.is_lost() {
+            return Err(Broken::MemoryLost);
+        }
         let waiting = index.wrapping_sub(self.next_avail);
         if waiting > self.layout.size {
             return Err(Broken::AvailableIndex { taken: self.next_avail, index, size: self.layout.size });
         }
         self.seen_avail = index;
-        Ok(waiting)
+        // Both are at most the queue size, which is at most 32768.
+        Ok(waiting.saturating_add(self.left_over.len() as u16))
     }
 
     /// Takes the next of the chains that [`waiting`](Self::waiting) has seen; the driver's index is not read again.
@@ -307,6 +384,11 @@ impl Ring {
     /// # Errors
     /// If it starts outside the table.
     pub fn take(&mut self) -> Result<Option<Chain>, Broken> {
+        if let Some(head) = self.left_over.pop_front() {
+            // It is marked already.
+            self.outstanding[usize::from(head) / 64] |= 1 << (head % 64);
+            return Ok(Some(self.read_chain(head)));
+        }
         if self.next_avail == self.seen_avail {
             return Ok(None);
         }
@@ -316,6 +398,10 @@ impl Ring {
             return Err(Broken::Head { head, size: self.layout.size });
         }
         self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(record) = &mut self.record {
+            record.taken(head);
+        }
+        self.outstanding[usize::from(head) / 64] |= 1 << (head % 64);
         Ok(Some(self.read_chain(head)))
     }
 
@@ -392,9 +478,16 @@ impl Ring {
             let at = ELEMENTS_AT + slot * USED_ELEMENT_BYTES;
             self.used.store_u32(at, u32::from(chain.head));
             self.used.store_u32(at + 4, chain.written);
+            if let Some(record) = &self.record {
+                record.giving_back(chain.head);
+            }
+            self.outstanding[usize::from(chain.head) / 64] &= !(1 << (chain.head % 64));
             self.next_used = self.next_used.wrapping_add(1);
         }
         self.used.store_u16(INDEX_AT, self.next_used, Ordering::Release);
+        if let Some(record) = &self.record {
+            record.given_back(chains.iter().map(|chain| chain.head), self.next_used);
+        }
         // The index must be visible before the driver's wish is read: the driver writes its wish first and then looks at the index.
         fence(Ordering::SeqCst);
         let first = !std::mem::replace(&mut self.decided, true);
@@ -675,12 +768,12 @@ mod tests {
             driver.add(&[writable(DATA, 1)]);
         }
         // As Cloud Hypervisor does it, which names the driver's index.
-        let mut ring = Ring::new(driver.memory(), driver.layout, EVENTS, 1).expect("a good layout");
+        let mut ring = Ring::new(driver.memory(), driver.layout, EVENTS, 1, None).expect("a good layout");
         assert_eq!(ring.next_avail(), 65_535);
         assert_eq!(take_all(&mut ring).len(), 2);
         // Indices too far apart say nothing.
         driver.store(driver.layout.used + 2, 100);
-        let ring = Ring::new(driver.memory(), driver.layout, EVENTS, 7).expect("a good layout");
+        let ring = Ring::new(driver.memory(), driver.layout, EVENTS, 7, None).expect("a good layout");
         assert_eq!(ring.next_avail(), 7);
     }
 
@@ -689,7 +782,7 @@ mod tests {
         let driver = Driver::new(8, 0);
         let good = driver.layout;
         let end = MEMORY_BYTES as u64;
-        let refused = |layout| Ring::new(driver.memory(), layout, EVENTS, 0).expect_err("a bad layout");
+        let refused = |layout| Ring::new(driver.memory(), layout, EVENTS, 0, None).expect_err("a bad layout");
         for size in [0, 3, 24] {
             assert_eq!(refused(RingLayout { size, ..good }), RingError::Size(size));
         }
@@ -703,8 +796,8 @@ mod tests {
             assert!(matches!(refused(RingLayout { used: address, ..good }), RingError::Area { part: "used ring", .. }));
         }
         // The last byte of memory may be the last byte of the ring, which without the event index is shorter.
-        assert!(Ring::new(driver.memory(), RingLayout { used: end - 68, ..good }, FLAGS, 0).is_ok());
-        assert!(Ring::new(driver.memory(), RingLayout { used: end - 68, ..good }, EVENTS, 0).is_err());
+        assert!(Ring::new(driver.memory(), RingLayout { used: end - 68, ..good }, FLAGS, 0, None).is_ok());
+        assert!(Ring::new(driver.memory(), RingLayout { used: end - 68, ..good }, EVENTS, 0, None).is_err());
     }
 
     #[test]

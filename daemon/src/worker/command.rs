@@ -11,7 +11,7 @@ use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::storage::Environment;
 
 use crate::device::Device;
-use crate::vring::{EventDescriptor, GuestMemory, RingError, RingFeatures, RingLayout, Signal};
+use crate::vring::{EventDescriptor, GuestMemory, InflightQueue, RingError, RingFeatures, RingLayout, Signal};
 
 /// Everything that a ring needs to run.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub struct Start {
     pub base: u16,
     /// The memory that it is in.
     pub memory: GuestMemory,
+    /// The front-end's record of what is in flight, if it keeps one.
+    pub record: Option<InflightQueue>,
     /// How the driver kicks.
     pub kick: EventDescriptor,
     /// How the driver is interrupted; `None` for one that polls.

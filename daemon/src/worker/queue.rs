@@ -7,6 +7,10 @@
 //!    └──── abandon ───┘
 //! ```
 //!
+//! An abandoned ring leaves requests behind that nobody waits for any more: [`Stragglers`](crate::device::Stragglers). Where the front-end keeps a
+//! record of what is in flight they stay marked there, and the next start of the ring serves them again, after they have ended. Without one
+//! they are given back at once, as failed.
+//!
 //! A request is one task. It keeps the view with which it was taken, serves itself, waits for the fence of that view, and only then writes its
 //! status and comes back; the queue gives all that have come back to the driver at once.
 
@@ -18,13 +22,13 @@ use std::sync::Arc;
 use snapfence_image_format::runtime::Executor;
 use snapfence_image_format::stack::{Attachment, Participant, View};
 use snapfence_image_format::storage::Environment;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::Doorbells;
 use super::command::{Answer, Command, Start};
-use crate::device::Device;
+use crate::device::{Device, Stragglers};
 use crate::vring::request::Parsed;
-use crate::vring::{Broken, Ring, Signal, Status, Used};
+use crate::vring::{Broken, Limits, Ring, Signal, Status, Used};
 
 /// Most bytes of one queue in flight, unless a single request has more. What is copied on the way to the image takes so much memory, whatever
 /// the driver asks for at once.
@@ -79,12 +83,15 @@ struct Running<B> {
     memory_in_use: Rc<()>,
     /// Memory tables before, and who waits until they are not used any more.
     memories_before: Vec<(Rc<()>, Answer<()>)>,
+    /// The memory table has no place for the ring. Nothing is taken before another one has: front-ends change a region by removing and adding it.
+    is_unmapped: bool,
+    /// A task waits for the device's stragglers, and will wake the worker.
+    is_awaiting_stragglers: bool,
     /// Whether a chain of this ring has been reported as malformed. The rest is for those who debug: a guest must not fill the log.
     has_complained: bool,
 }
 
 /// What requests tell their queue.
-#[derive(Default)]
 struct Ledger {
     /// Requests that have ended.
     ended: RefCell<Vec<Used>>,
@@ -92,6 +99,14 @@ struct Ledger {
     bytes_in_flight: Cell<u64>,
     /// The ring is gone: the driver may use the memory of its requests for something else.
     is_closed: Cell<bool>,
+    /// Where those count that end afterwards.
+    stragglers: Arc<Stragglers>,
+}
+
+impl Ledger {
+    fn new(stragglers: Arc<Stragglers>) -> Self {
+        Self { ended: RefCell::default(), bytes_in_flight: Cell::default(), is_closed: Cell::default(), stragglers }
+    }
 }
 
 /// Whether chains are taken.
@@ -109,6 +124,7 @@ enum Flow {
 impl<B> Drop for Running<B> {
     fn drop(&mut self) {
         self.ledger.is_closed.set(true);
+        self.ledger.stragglers.add(self.in_flight - self.ledger.ended.borrow().len());
     }
 }
 
@@ -116,6 +132,34 @@ impl<B> Running<B> {
     /// Whether no more may be in flight. A driver cannot have more chains out than descriptors: one that claims to waits.
     fn is_full(&self) -> bool {
         self.in_flight >= usize::from(self.ring.size()) || self.ledger.bytes_in_flight.get() >= MAX_BYTES_IN_FLIGHT
+    }
+
+    /// Whether chains may be taken as far as this ring knows.
+    fn is_open(&self) -> bool {
+        matches!(self.flow, Flow::Enabled) && !self.is_unmapped
+    }
+
+    /// Gives everything back that is in flight, as failed. It goes on nevertheless.
+    fn give_up(&mut self, limits: Limits) {
+        let mut batch = self.ledger.ended.take();
+        batch.extend(
+            self.ring
+                .outstanding()
+                .filter(|chain| batch.iter().all(|used| used.head != chain.head))
+                .map(|chain| {
+                    let parsed = Parsed::new(chain, limits);
+                    if let Some(place) = &parsed.status {
+                        place.copy_in(0, &[Status::IoError as u8]);
+                    }
+                    Used { head: parsed.head, written: 0 }
+                })
+                .collect::<Vec<_>>(),
+        );
+        if self.ring.publish(&batch)
+            && let Some(call) = &self.call
+        {
+            call.raise();
+        }
     }
 }
 
@@ -163,8 +207,16 @@ impl<E: Environment, B> Queue<E, B> {
             Command::Stop { answer } => running.flow = Flow::Stopping(answer),
             Command::Abandon { answer } => {
                 let next_avail = running.ring.next_avail();
-                let (device, queue) = (self.device.name(), self.index);
-                warn!(event = "ring_abandoned", device, queue, in_flight = running.in_flight, "what is in flight is not given back");
+                let (device, queue, in_flight) = (self.device.name(), self.index, running.in_flight);
+                if running.ring.has_record() {
+                    warn!(
+                        event = "ring_abandoned",
+                        device, queue, in_flight, "what is in flight is served again when the ring starts again"
+                    );
+                } else {
+                    warn!(event = "ring_abandoned", device, queue, in_flight, "what is in flight is given back as failed");
+                    running.give_up(self.device.limits());
+                }
                 self.state = State::Stopped { next_avail };
                 tell(&answer, next_avail);
             }
@@ -197,8 +249,11 @@ impl<E: Environment, B> Queue<E, B> {
             Command::Memory { memory, answer } => {
                 let before = std::mem::replace(&mut running.memory_in_use, Rc::new(()));
                 running.memories_before.push((before, answer));
-                if let Err(error) = running.ring.set_memory(memory) {
-                    self.break_down(error.into());
+                let outcome = running.ring.set_memory(memory);
+                running.is_unmapped = outcome.is_err();
+                if let Err(cause) = outcome {
+                    let (device, queue) = (self.device.name(), self.index);
+                    warn!(event = "ring_unmapped", device, queue, %cause, "nothing is taken until the ring is in memory again");
                 }
             }
             Command::Detach => {}
@@ -206,8 +261,8 @@ impl<E: Environment, B> Queue<E, B> {
     }
 
     fn start(&mut self, start: Start, answer: &Answer<Result<(), crate::vring::RingError>>, doorbells: &impl Doorbells<Bell = B>) {
-        let Start { layout, features, base, memory, kick, call, error, enabled } = start;
-        let ring = match Ring::new(memory, layout, features, base) {
+        let Start { layout, features, base, memory, record, kick, call, error, enabled } = start;
+        let ring = match Ring::new(memory, layout, features, base, record) {
             Ok(ring) => ring,
             Err(error) => return tell(answer, Err(error)),
         };
@@ -215,10 +270,20 @@ impl<E: Environment, B> Queue<E, B> {
             let (device, queue) = (self.device.name(), self.index);
             debug!(event = "ring_base", device, queue, base, resumed_at = ring.next_avail(), "front-end's base is not used");
         }
-        if ring.next_used() != 0
+        if ring.left_over() > 0 {
+            let (device, queue) = (self.device.name(), self.index);
+            info!(
+                event = "requests_resumed",
+                device,
+                queue,
+                count = ring.left_over(),
+                "requests that were in flight before are served again"
+            );
+        }
+        if ring.has_past()
             && let Some(call) = &call
         {
-            // The ring has a past, and whoever served it may have gone between giving back and calling. One call too many is harmless.
+            // Whoever served the ring may have gone between giving back and calling. One call too many is harmless.
             call.raise();
         }
         self.state = State::Running(Box::new(Running {
@@ -228,9 +293,11 @@ impl<E: Environment, B> Queue<E, B> {
             error,
             flow: if enabled { Flow::Enabled } else { Flow::Disabled(Vec::new()) },
             in_flight: 0,
-            ledger: Rc::default(),
+            ledger: Rc::new(Ledger::new(Arc::clone(self.device.stragglers()))),
             memory_in_use: Rc::new(()),
             memories_before: Vec::new(),
+            is_unmapped: false,
+            is_awaiting_stragglers: false,
             has_complained: false,
         }));
         tell(answer, Ok(()));
@@ -239,9 +306,21 @@ impl<E: Environment, B> Queue<E, B> {
     /// Takes what the driver has made available, as far as it may be in flight, and makes a task of each chain.
     pub(super) fn take(&mut self, executor: &Executor, participant: &Participant) {
         let State::Running(running) = &mut self.state else { return };
-        if !matches!(running.flow, Flow::Enabled) {
+        if !running.is_open() {
             return;
         }
+        let stragglers = self.device.stragglers();
+        if stragglers.count() > 0 {
+            if !std::mem::replace(&mut running.is_awaiting_stragglers, true) {
+                let (device, queue, count) = (self.device.name(), self.index, stragglers.count());
+                warn!(event = "requests_awaited", device, queue, count, "nothing is taken before requests have ended that were given up");
+                let stragglers = Arc::clone(stragglers);
+                // Its end wakes this worker, whose next turn looks again.
+                executor.spawn(async move { stragglers.gone().await });
+            }
+            return;
+        }
+        running.is_awaiting_stragglers = false;
         match running.ring.waiting() {
             Ok(0) => return,
             Ok(_) => running.ring.suppress_kicks(),
@@ -324,7 +403,7 @@ impl<E: Environment, B> Queue<E, B> {
     pub(super) fn ask_for_kick(&mut self) -> bool {
         let State::Running(running) = &mut self.state else { return false };
         // A ring that may not be taken from needs no kicks; a full one goes on when something has ended.
-        if !matches!(running.flow, Flow::Enabled) || running.is_full() {
+        if !running.is_open() || running.is_full() || self.device.stragglers().count() > 0 {
             return false;
         }
         match running.ring.ask_for_kick() {
@@ -385,6 +464,7 @@ impl<E: Environment> Task<E> {
         // Nothing of the answer may be seen before the fence is passed, the status byte included.
         view.completions_released().await;
         if ledger.is_closed.get() {
+            ledger.stragglers.remove();
             return;
         }
         let written = match parsed.status {

@@ -20,7 +20,7 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts a daemon that keeps everything in `directory`, and waits until it answers.
     pub(crate) fn start(directory: &Path, devices: &[String]) -> Self {
-        let log = std::fs::File::create(directory.join("log")).expect("a log");
+        let log = std::fs::File::options().create(true).append(true).open(directory.join("log")).expect("a log");
         let mut command = Command::new(env!("CARGO_BIN_EXE_snapfenced"));
         command.arg("--control").arg(directory.join("control")).arg("--state-dir").arg(directory.join("state"));
         for device in devices {
@@ -79,6 +79,12 @@ impl Daemon {
         let status = std::fs::read_to_string(self.proc("status")).expect("a living process");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line about it");
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
+    /// Ends it at once, whatever it is doing.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("a living process");
+        self.child.wait().expect("a child");
     }
 
     /// Asks it to end, and expects a clean end.

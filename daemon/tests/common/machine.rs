@@ -2,12 +2,15 @@
 //!
 //! Crate `vhost` speaks the protocol; the queues are written by the test driver, so that each can be filled with what no real driver does.
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_blk::{
@@ -55,6 +58,8 @@ pub(crate) const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 pub(crate) struct Machine {
     pub(crate) memory: Arc<SharedMemory>,
     pub(crate) queues: Vec<Queue>,
+    /// The record of requests in flight, which the first back-end makes.
+    record: OnceLock<(VhostUserInflight, File)>,
 }
 
 /// One queue, as the guest sees it.
@@ -102,7 +107,7 @@ impl Machine {
                 }
             })
             .collect();
-        Self { memory, queues }
+        Self { memory, queues, record: OnceLock::new() }
     }
 
     /// Connects and starts all queues, in exactly Cloud Hypervisor's order.
@@ -133,7 +138,8 @@ impl Link {
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::DEVICE_STATE;
         let accepted = frontend.get_protocol_features().expect("protocol features") & wanted;
-        assert!(!accepted.intersects(VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::LOG_SHMFD), "not honoured");
+        assert!(accepted.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
+        assert!(!accepted.contains(VhostUserProtocolFeatures::LOG_SHMFD), "not honoured");
         frontend.set_protocol_features(accepted).expect("an answer");
         assert!(frontend.get_queue_num().expect("a number") >= queues as u64);
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -157,6 +163,11 @@ impl Link {
         for (index, queue) in machine.queues.iter().enumerate() {
             self.frontend.set_vring_num(index, queue.driver.layout.size).expect("an answer");
         }
+        let queues = machine.queues.len() as u16;
+        let (inflight, file) = machine
+            .record
+            .get_or_init(|| self.frontend.get_inflight_fd(&VhostUserInflight::new(0, 0, queues, QUEUE_SIZE)).expect("a record"));
+        self.frontend.set_inflight_fd(inflight, file.as_raw_fd()).expect("an answer");
         for (index, queue) in machine.queues.iter().enumerate() {
             self.start_queue(machine, index, queue.available_index());
         }
