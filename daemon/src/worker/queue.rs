@@ -7,7 +7,7 @@
 //!    └──── abandon ───┘
 //! ```
 //!
-//! An abandoned ring leaves requests behind that nobody waits for any more: [`Stragglers`](crate::device::Stragglers). Where the front-end keeps a
+//! An abandoned ring leaves requests behind that nobody waits for any more: [`Stragglers`]. Where the front-end keeps a
 //! record of what is in flight they stay marked there, and the next start of the ring serves them again, after they have ended. Without one
 //! they are given back at once, as failed.
 //!
