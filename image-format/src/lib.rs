@@ -15,6 +15,7 @@ pub mod extent;
 pub mod layer;
 pub mod qcow2;
 pub mod raw;
+mod rounds;
 pub mod runtime;
 pub mod stack;
 pub mod storage;

@@ -1,14 +1,12 @@
 //! Raw images: the bytes of the file (or block device) are the bytes of the disk.
 
 use std::io;
-use std::sync::{
-    OnceLock,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{LayerError, Structure};
 use crate::extent::{Extent, ExtentList, Mapping};
 use crate::layer::same_position;
+use crate::rounds::Rounds;
 use crate::storage::{Environment, Storage};
 use crate::units::{GuestRange, HostOffset, SECTOR_BYTES};
 
@@ -19,8 +17,8 @@ pub struct Raw<E: Environment> {
     virtual_size: u64,
     /// Writes are refused: opened so, or frozen since.
     read_only: AtomicBool,
-    /// The first flush that failed.
-    failed: OnceLock<LayerError>,
+    /// Flushes, and the first that failed.
+    rounds: Rounds,
 }
 
 /// Why a file cannot be a raw image.
@@ -47,7 +45,7 @@ impl<E: Environment> Raw<E> {
             return Err(RawOpenError::Ragged(len));
         }
         let virtual_size = len.next_multiple_of(SECTOR_BYTES);
-        Ok(Self { file, virtual_size, read_only: AtomicBool::new(!writable), failed: OnceLock::new() })
+        Ok(Self { file, virtual_size, read_only: AtomicBool::new(!writable), rounds: Rounds::default() })
     }
 
     /// Size of the disk in bytes.
@@ -97,20 +95,12 @@ impl<E: Environment> Raw<E> {
     }
 
     pub(crate) async fn flush(&self) -> Result<(), LayerError> {
-        if let Some(cause) = self.failed.get() {
-            return Err(LayerError::Failed(Box::new(cause.clone())));
-        }
-        self.file.flush().await.map_err(|error| {
-            let error = LayerError::io("flush", Structure::File, HostOffset::ZERO, error);
-            // Only the first failure is kept: a later one says no more.
-            let _ = self.failed.set(error.clone());
-            error
-        })?;
-        // Another flush that failed meanwhile may have taken out of the cache what this one should have covered.
-        match self.failed.get() {
-            Some(cause) => Err(LayerError::Failed(Box::new(cause.clone()))),
-            None => Ok(()),
-        }
+        // Not each its own: two at the same time would share the one report that the kernel gives of lost pages.
+        self.rounds.share(self.flush_device()).await
+    }
+
+    async fn flush_device(&self) -> Result<(), LayerError> {
+        self.file.flush().await.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error))
     }
 
     pub(crate) async fn freeze(&self) -> Result<(), LayerError> {
@@ -119,12 +109,58 @@ impl<E: Environment> Raw<E> {
     }
 
     pub(crate) fn admit_write(&self) -> Result<(), LayerError> {
-        if let Some(cause) = self.failed.get() {
-            return Err(LayerError::Failed(Box::new(cause.clone())));
-        }
+        self.rounds.admit()?;
         if self.read_only.load(Ordering::Acquire) {
             return Err(LayerError::ReadOnly);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use futures_util::future::join_all;
+
+    use super::*;
+    use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
+    use crate::storage::{Access, CacheMode, Location};
+
+    async fn open(environment: &SimulatedEnvironment) -> Raw<SimulatedEnvironment> {
+        let at = Location::Trusted(Path::new("/a.raw").to_owned());
+        let file = environment.open(&at, Access::Write, CacheMode::Direct).await.expect("the file is there");
+        Raw::open(file, true).expect("whole sectors")
+    }
+
+    /// As Linux has it, one of two flushes that lose the same pages is told.
+    #[test]
+    fn no_flush_succeeds_beside_one_that_failed() {
+        for seed in 0..50 {
+            let environment = SimulatedEnvironment::new(seed);
+            environment.put("/a.raw", &[0; 4096]);
+            let inner = environment.clone();
+            Simulation::on(environment).block_on(async move {
+                let raw = open(&inner).await;
+                inner.inject(Fault::once(OperationKind::Flush, 0));
+                let results = join_all((0..2).map(|_| raw.flush())).await;
+                assert!(results.iter().all(Result::is_err), "seed {seed}: {results:?}");
+            });
+        }
+    }
+
+    #[test]
+    fn flushes_that_wait_share_one() {
+        let environment = SimulatedEnvironment::new(1);
+        environment.put("/a.raw", &[0; 4096]);
+        let inner = environment.clone();
+        Simulation::on(environment).block_on(async move {
+            let raw = open(&inner).await;
+            let results = join_all((0..8).map(|_| raw.flush())).await;
+            assert!(results.iter().all(Result::is_ok), "{results:?}");
+            assert_eq!(inner.counts()[&OperationKind::Flush], 2, "one for the first, and one for all that came later");
+            drop(raw.flush());
+            raw.flush().await.expect("a flush that never began has lost nothing");
+        });
     }
 }

@@ -147,9 +147,7 @@ impl<E: Environment> Inner<E> {
 
     /// Remembers the first failure after which what is in the file is unknown. Returns it.
     pub(super) fn fail(&self, error: LayerError) -> LayerError {
-        // Only the first is kept: later ones say no more.
-        let _ = self.failed.set(error.clone());
-        error
+        self.rounds.fail(error)
     }
 
     pub(super) fn admit_write(&self) -> Result<(), LayerError> {
@@ -158,9 +156,6 @@ impl<E: Environment> Inner<E> {
     }
 
     pub(super) fn admit_flush(&self) -> Result<(), LayerError> {
-        match self.failed.get() {
-            Some(cause) => Err(LayerError::Failed(Box::new(cause.clone()))),
-            None => Ok(()),
-        }
+        self.rounds.admit()
     }
 }

@@ -25,11 +25,12 @@ mod write;
 mod writeback;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::buffer::AlignedBuffer;
 use crate::error::LayerError;
 use crate::extent::ExtentList;
+use crate::rounds::Rounds;
 use crate::storage::Environment;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -53,7 +54,6 @@ use refcount::Refcounts;
 use snapshot::Snapshots;
 use turn::Turn;
 use unmap::UnmappedLists;
-use writeback::Rounds;
 
 /// Clean L2 slices that a layer keeps in memory by default. Layers that are only read need few: the stack remembers what they say.
 const READ_CACHE_BYTES: usize = 16 << 10;
@@ -98,10 +98,9 @@ struct Inner<E: Environment> {
     data_limit: AtomicU64,
     /// Clusters of the file when it was opened.
     opened_clusters: u64,
+    /// Write-backs, and the first failure.
     rounds: Rounds,
     phase: PhaseCell,
-    /// The first failure after which what is in the file is unknown.
-    failed: OnceLock<LayerError>,
 }
 
 impl<E: Environment> Inner<E> {
@@ -131,7 +130,6 @@ impl<E: Environment> Inner<E> {
             opened_clusters: 0,
             rounds: Rounds::default(),
             phase: PhaseCell::new(if options.writable { Phase::Writing } else { Phase::ReadOnly }),
-            failed: OnceLock::new(),
         }
     }
 

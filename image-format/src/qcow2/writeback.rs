@@ -9,11 +9,10 @@
 //! Steps without anything to write cost nothing; the flush of step 3 always happens. Afterwards clusters that lost their last reference in
 //! steps 2 to 4 may be freed.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::buffer::{AlignedBuffer, Buffer};
 use crate::error::{LayerError, Structure};
-use crate::runtime::WaitQueue;
 use crate::storage::{Environment, Storage};
 use crate::units::HostOffset;
 
@@ -25,85 +24,6 @@ use super::refcount::RefcountWrites;
 
 /// Writes under way at the same time.
 const PARALLEL_WRITES: usize = 32;
-
-/// Rounds of write-back, one at a time. Whoever asks while one is under way waits for the next, because the present one may have taken its
-/// copies before.
-#[derive(Debug, Default)]
-pub(super) struct Rounds {
-    state: Mutex<RoundsState>,
-    changed: WaitQueue,
-}
-
-#[derive(Debug, Default)]
-struct RoundsState {
-    begun: u64,
-    /// Round up to which all have ended, well or not.
-    ended: u64,
-    running: bool,
-}
-
-/// The duty to run a round, or the right to change metadata without one.
-struct Round<'a> {
-    rounds: &'a Rounds,
-    finished: bool,
-}
-
-enum Role<'a> {
-    /// Another task has run a round that began after we asked.
-    Served,
-    Runs(Round<'a>),
-}
-
-impl Rounds {
-    fn state(&self) -> MutexGuard<'_, RoundsState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn join(&self) -> Role<'_> {
-        let ticket = self.state().begun + 1;
-        self.changed
-            .wait_until(|| {
-                let mut state = self.state();
-                if state.ended >= ticket {
-                    return Some(Role::Served);
-                }
-                if state.running {
-                    return None;
-                }
-                state.running = true;
-                state.begun += 1;
-                Some(Role::Runs(Round { rounds: self, finished: false }))
-            })
-            .await
-    }
-
-    /// A round of one's own, for changes beside those of [`join`](Self::join).
-    async fn own(&self) -> Round<'_> {
-        loop {
-            if let Role::Runs(round) = self.join().await {
-                return round;
-            }
-        }
-    }
-}
-
-impl Round<'_> {
-    fn finish(mut self) {
-        self.finished = true;
-    }
-}
-
-impl Drop for Round<'_> {
-    fn drop(&mut self) {
-        let mut state = self.rounds.state();
-        state.running = false;
-        if self.finished {
-            state.ended = state.begun;
-        }
-        drop(state);
-        self.rounds.changed.notify_all();
-    }
-}
 
 /// Slices of a round: kept in memory until they are written, because the file has older ones. If they never are, they count as dirty again, so
 /// that reads go on seeing them.
@@ -137,49 +57,19 @@ struct Batch<'a> {
 impl<E: Environment> Inner<E> {
     /// Makes everything durable that was changed or written before the call.
     pub(super) async fn write_back(&self) -> Result<(), LayerError> {
-        self.admit_flush()?;
-        let Role::Runs(round) = self.rounds.join().await else {
-            return self.admit_flush();
-        };
-        self.run(round, async |inner: &Self| inner.write_back_once().await).await
-    }
-
-    /// Runs `work` while no other round is under way. Any failure ends all writing: what is durable is unknown then. So does a future that
-    /// is dropped half-way, because its copies are not in the file and no longer marked as changed.
-    async fn run(&self, round: Round<'_>, work: impl AsyncFnOnce(&Self) -> Result<(), LayerError>) -> Result<(), LayerError> {
-        struct Abandoned<'a, E: Environment>(&'a Inner<E>, bool);
-        impl<E: Environment> Drop for Abandoned<'_, E> {
-            fn drop(&mut self) {
-                if !self.1 {
-                    let source = std::io::ErrorKind::Interrupted.into();
-                    self.0.fail(LayerError::io("finish writing", Structure::File, HostOffset::ZERO, source));
-                }
-            }
-        }
-        let result = match self.admit_flush() {
-            Ok(()) => {
-                let mut watch = Abandoned(self, false);
-                let result = work(self).await;
-                watch.1 = true;
-                result.map_err(|error| self.fail(error))
-            }
-            Err(error) => Err(error),
-        };
-        round.finish();
-        result
+        self.rounds.share(self.write_back_once()).await
     }
 
     /// Writes everything back, then does `work`, with no other round between or beside them.
     pub(super) async fn write_back_and(&self, work: impl AsyncFnOnce(&Self) -> Result<(), LayerError>) -> Result<(), LayerError> {
-        let round = self.rounds.own().await;
-        self.run(round, async |inner: &Self| {
-            inner.write_back_once().await?;
-            work(inner).await
-        })
-        .await
+        let both = async {
+            self.write_back_once().await?;
+            work(self).await
+        };
+        self.rounds.alone(both).await
     }
 
-    /// One round. Only in a round.
+    /// One round. Only in a round: its copies are not in the file before its end, and no longer marked as changed.
     pub(super) async fn write_back_once(&self) -> Result<(), LayerError> {
         let Batch { pending, slices, held, l1, refcounts } = self.take_batch();
         let RefcountWrites { blocks, entries, moved_to, retired } = refcounts;
