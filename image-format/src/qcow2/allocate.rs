@@ -12,7 +12,6 @@ use std::sync::{MutexGuard, PoisonError};
 
 use crate::error::{LayerError, Structure};
 use crate::storage::{Environment, Storage, StorageExt};
-use crate::units::HostOffset;
 
 use super::Inner;
 use super::busy::Fresh;
@@ -38,14 +37,12 @@ pub(super) struct Allocator {
     ready_clusters: u64,
     /// Known to be free; by first cluster.
     free: BTreeMap<u64, u64>,
-    /// Clusters from here up to `scan_end` have not been looked at.
+    /// Clusters from here up to `scan_end`, the first after all that were counted at opening, have not been looked at.
     scan: u64,
     scan_end: u64,
-    /// First cluster after everything that was counted when the image was opened.
-    used_end: u64,
-    /// First cluster after everything that is or may be used: appending goes on here.
+    /// First cluster after everything that is or may be used: appending goes on here, at first in what the file has there already.
     pub(super) end: u64,
-    /// Clusters from here on have never been in the file, so they read as zeros.
+    /// Clusters from here on were not in the file when it was opened, so they read as zeros.
     zero_from: u64,
     /// Clusters of a medium that cannot grow.
     limit: Option<u64>,
@@ -64,8 +61,8 @@ struct ReadyRun {
 
 impl Allocator {
     /// `used_end`: first cluster after the last that is counted. `file_clusters`: clusters of the file now, the last perhaps in part.
-    pub(super) fn new(geometry: Geometry, refcounts: Refcounts, used_end: u64, file_clusters: u64) -> Self {
-        let end = used_end.max(file_clusters);
+    /// `limit`: those of a medium that cannot grow.
+    pub(super) fn new(geometry: Geometry, refcounts: Refcounts, used_end: u64, file_clusters: u64, limit: Option<u64>) -> Self {
         Self {
             geometry,
             refcounts,
@@ -73,12 +70,10 @@ impl Allocator {
             ready_clusters: 0,
             free: BTreeMap::new(),
             scan: 1,
-            // What a crash has left behind the last cluster in use is used again.
-            scan_end: end,
-            used_end,
-            end,
+            scan_end: limit.map_or(used_end, |limit| used_end.min(limit)),
+            end: used_end,
             zero_from: file_clusters,
-            limit: None,
+            limit,
             batch_bytes: FIRST_BATCH_BYTES,
             starved: false,
             appending: 0..0,
@@ -149,6 +144,11 @@ impl Allocator {
             self.free.insert(start + take, len - take);
         }
         Some(start..start + take)
+    }
+
+    /// Clusters after all that are used which the file had when it was opened.
+    fn left_over(&self) -> u64 {
+        self.zero_from.saturating_sub(self.end)
     }
 
     /// Gives up all clusters that are ready: nothing will be written any more. Returns them.
@@ -225,7 +225,8 @@ impl<E: Environment> Inner<E> {
         Ok(found)
     }
 
-    /// Looks through the next refcount block for free clusters. `false`: all have been looked through.
+    /// Looks through the next refcount block for free clusters, and makes it if it is missing between others: it takes the first of its own
+    /// clusters. `false`: all have been looked through.
     async fn scan_block(&self, turn: &TurnGuard<'_>) -> Result<bool, LayerError> {
         let per_block = self.format.geometry.refcounts_per_block();
         let (from, end) = {
@@ -236,7 +237,17 @@ impl<E: Environment> Inner<E> {
             return Ok(false);
         }
         let index = from / per_block;
-        self.load_refcounts(index, turn).await?;
+        let state = self.allocator().refcounts.block_state(index);
+        match state {
+            BlockState::Missing => {
+                let place = from..from + 1;
+                self.check_free(place.clone())?;
+                self.promise_space(place.clone()).await?;
+                self.allocator().refcounts.make_block(index, HostCluster(from));
+                self.metadata_mut().add(place);
+            }
+            BlockState::Unloaded(_) | BlockState::Loaded => self.load_refcounts(index, turn).await?,
+        }
         let mut allocator = self.allocator();
         let runs = allocator.refcounts.free_runs(index, from, end);
         allocator.scan = ((index + 1) * per_block).min(end);
@@ -259,9 +270,13 @@ impl<E: Environment> Inner<E> {
         Ok(())
     }
 
-    /// Makes the file longer by `wanted` clusters or, if there is no room, by fewer.
+    /// Takes `wanted` clusters after all others or, if there is no room, fewer. What the file has there already, because a crash has left it or
+    /// the medium has a fixed size, is used up before the file grows.
     async fn append(&self, wanted: u64, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
-        let mut clusters = wanted;
+        let mut clusters = match self.allocator().left_over() {
+            0 => wanted,
+            left => wanted.min(left),
+        };
         loop {
             match self.append_clusters(clusters, turn).await {
                 Ok(first) => {
@@ -277,63 +292,49 @@ impl<E: Environment> Inner<E> {
         }
     }
 
-    /// Adds `clusters` adjacent clusters, not counted yet, at the end of the file; their refcount blocks are in memory afterwards.
+    /// Adds `clusters` adjacent clusters, not counted yet, after all others; their refcount blocks are in memory afterwards.
     pub(super) async fn append_clusters(&self, clusters: u64, turn: &TurnGuard<'_>) -> Result<HostCluster, LayerError> {
         let geometry = self.format.geometry;
-        loop {
-            let (end, plan, limit) = {
-                let allocator = self.allocator();
-                let plan = allocator.refcounts.plan_append(allocator.end, clusters).map_err(|limit| LayerError::TooLarge { limit })?;
-                (allocator.end, plan, allocator.limit)
-            };
-            let per_block = geometry.refcounts_per_block();
-            let blocks = end / per_block..(end + plan.total()).div_ceil(per_block);
-            self.allocator().appending = blocks.clone();
-            for index in blocks {
-                self.load_refcounts(index, turn).await?;
-            }
-            let at = geometry.host_offset(HostCluster(end));
-            if limit.is_some_and(|limit| end + plan.total() > limit) {
-                return Err(LayerError::io("extend", Structure::File, at, io::ErrorKind::StorageFull.into()));
-            }
-            if !self.promise_space(at, plan.total() * geometry.cluster_bytes(), limit.is_some()).await? {
-                continue;
-            }
-            let mut allocator = self.allocator();
-            let (first, metadata) = allocator.refcounts.append(end, plan);
-            allocator.end = end + plan.total();
-            self.data_limit.store(allocator.end, Ordering::Release);
-            drop(allocator);
-            self.metadata_mut().add(metadata);
-            return Ok(first);
+        let (appended, plan, limit, zero_from) = {
+            let allocator = self.allocator();
+            let end = allocator.end;
+            let plan = allocator.refcounts.plan_append(end, clusters).map_err(|limit| LayerError::TooLarge { limit })?;
+            (end..end + plan.total(), plan, allocator.limit, allocator.zero_from)
+        };
+        if limit.is_some_and(|limit| appended.end > limit) {
+            let at = geometry.host_offset(HostCluster(appended.start));
+            return Err(LayerError::io("extend", Structure::File, at, io::ErrorKind::StorageFull.into()));
         }
+        let per_block = geometry.refcounts_per_block();
+        let blocks = appended.start / per_block..appended.end.div_ceil(per_block);
+        self.allocator().appending = blocks.clone();
+        for index in blocks {
+            self.load_refcounts(index, turn).await?;
+        }
+        self.check_free(appended.start..appended.end.min(zero_from))?;
+        self.promise_space(appended.clone()).await?;
+        let mut allocator = self.allocator();
+        let (first, metadata) = allocator.refcounts.append(appended.start, plan);
+        allocator.end = appended.end;
+        self.data_limit.fetch_max(appended.end, Ordering::AcqRel);
+        drop(allocator);
+        self.metadata_mut().add(metadata);
+        Ok(first)
     }
 
-    /// Gets space at the end of the file. `false`: the medium turns out not to grow, and appending must start elsewhere.
-    async fn promise_space(&self, at: HostOffset, len: u64, fixed_size: bool) -> Result<bool, LayerError> {
+    /// Gets space for clusters, so that writing to them cannot fail for lack of it.
+    async fn promise_space(&self, clusters: Range<u64>) -> Result<(), LayerError> {
+        let [at, end] = [clusters.start, clusters.end].map(|cluster| self.format.geometry.host_offset(HostCluster(cluster)));
         let error = |error| LayerError::io("extend", Structure::File, at, error);
-        if fixed_size {
-            return Ok(true);
+        if self.allocator().limit.is_some() {
+            // All of it is there from the start, and only the counts say how far it is used.
+            return Ok(());
         }
-        match self.file.allocate(at, len).await {
-            Ok(()) => return Ok(true),
-            Err(refused) if refused.kind() != io::ErrorKind::Unsupported => return Err(error(refused)),
-            Err(_) => {}
+        match self.file.allocate(at, end - at).await {
+            Err(refused) if refused.kind() == io::ErrorKind::Unsupported => {}
+            result => return result.map_err(error),
         }
-        match self.file.set_len(at.get() + len).await {
-            Ok(()) => Ok(true),
-            Err(refused) if refused.kind() != io::ErrorKind::Unsupported => Err(error(refused)),
-            Err(_) => {
-                // A block device: all of it is there from the start, and only the counts say how far it is used.
-                let clusters = self.file.length().map_err(error)? >> self.format.geometry.cluster_bits();
-                let mut allocator = self.allocator();
-                allocator.limit = Some(clusters);
-                // What has been looked at is known to be free or not; the rest is appended.
-                allocator.end = allocator.used_end.max(allocator.scan);
-                allocator.scan_end = allocator.end;
-                Ok(false)
-            }
-        }
+        if self.file.length().map_err(error)? < end.get() { self.file.set_len(end.get()).await.map_err(error) } else { Ok(()) }
     }
 
     /// Reads a refcount block into memory, if it exists and is not there.

@@ -111,7 +111,7 @@ impl<E: Environment> Inner<E> {
         let geometry = &self.format.geometry;
         let (mut end, reserves) = {
             let mut allocator = self.allocator();
-            (allocator.end, allocator.clear_ready())
+            (allocator.end.max(self.opened_clusters), allocator.clear_ready())
         };
         for run in reserves {
             let at = geometry.host_offset(HostCluster(run.start));

@@ -122,7 +122,7 @@ impl<E: Environment> Inner<E> {
             dirty: Mutex::default(),
             busy: BusyTable::default(),
             unmapped: Mutex::default(),
-            allocator: Mutex::new(Allocator::new(geometry, no_refcounts, 0, 0)),
+            allocator: Mutex::new(Allocator::new(geometry, no_refcounts, 0, 0, None)),
             refcount_turn: Turn::default(),
             table_turn: Turn::default(),
             metadata: RwLock::default(),

@@ -165,7 +165,8 @@ impl<E: Environment> Inner<E> {
         *self.metadata_mut() = metadata;
         let used_end = used_end(&self.file, &refcounts, &geometry).await?;
         let file_clusters = geometry.clusters(file_len);
-        *self.allocator() = Allocator::new(geometry, refcounts, used_end, file_clusters);
+        let limit = fixed_clusters(&self.file, file_len, &geometry).await?;
+        *self.allocator() = Allocator::new(geometry, refcounts, used_end, file_clusters, limit);
         self.data_limit.store(used_end.max(file_clusters), Ordering::Release);
         self.opened_clusters = file_clusters;
         if header.autoclear != 0 {
@@ -219,6 +220,16 @@ async fn read_refcount_table(file: &impl Storage, header: &Header, file_len: u64
         }
     }
     Ok(table)
+}
+
+/// Whole clusters of a medium that cannot grow, a block device; `None` if it can.
+async fn fixed_clusters(file: &impl Storage, file_len: u64, geometry: &Geometry) -> Result<Option<u64>, OpenError> {
+    // Asking for the length that it has changes nothing where it can be changed.
+    match file.set_len(file_len).await {
+        Ok(()) => Ok(None),
+        Err(refused) if refused.kind() == io::ErrorKind::Unsupported => Ok(Some(file_len >> geometry.cluster_bits())),
+        Err(source) => Err(LayerError::io("set the length of", Structure::File, HostOffset::new(file_len), source).into()),
+    }
 }
 
 /// The first cluster after all that are counted as used, or one further on.

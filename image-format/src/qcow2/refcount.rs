@@ -176,6 +176,23 @@ impl Refcounts {
         runs
     }
 
+    /// Makes a block that is missing between others, all zeros but for its own refcount, at one of the clusters that it covers.
+    pub(super) fn make_block(&mut self, index: u64, at: HostCluster) {
+        debug_assert!(self.block_state(index) == BlockState::Missing && self.geometry.locate_refcount(at).0 == index, "it counts itself");
+        self.add_block(index, at);
+        self.set(at, 1);
+    }
+
+    /// A block of zeros, which the table must have room for.
+    fn add_block(&mut self, index: u64, at: HostCluster) {
+        let slot = usize::try_from(index).expect("the table has at most 2^20 entries");
+        self.table[slot] = self.geometry.host_offset(at).get();
+        self.dirty_entries.insert(slot);
+        let len = self.geometry.cluster_len();
+        self.blocks.insert(index, Block { bytes: vec![0; len].into(), dirty: Some(0..len) });
+        self.dirty_blocks.insert(index);
+    }
+
     /// What it takes to append `clusters` clusters from `end` on, or the largest that the format allows exceeded.
     pub(super) fn plan_append(&self, end: u64, clusters: u64) -> Result<AppendPlan, &'static str> {
         let per_block = self.geometry.refcounts_per_block();
@@ -224,12 +241,7 @@ impl Refcounts {
         let last = end + plan.total() - 1;
         for index in end / per_block..=last / per_block {
             if self.block_state(index) == BlockState::Missing && next_block < metadata.end {
-                let slot = usize::try_from(index).expect("the table has at most 2^20 entries");
-                self.table[slot] = self.geometry.host_offset(HostCluster(next_block)).get();
-                self.dirty_entries.insert(slot);
-                let len = self.geometry.cluster_len();
-                self.blocks.insert(index, Block { bytes: vec![0; len].into(), dirty: Some(0..len) });
-                self.dirty_blocks.insert(index);
+                self.add_block(index, HostCluster(next_block));
                 next_block += 1;
             }
         }

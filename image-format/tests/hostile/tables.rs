@@ -143,7 +143,7 @@ fn hostile_refcounts_are_refused() {
         ),
         ("block in the L1 table", |i| i.put64(REFCOUNT_TABLE, L1 as u64), OpenForWriting, "the L1 table and the refcount block overlap"),
         ("block in the L2 table", |i| i.put64(REFCOUNT_TABLE, L2 as u64), OpenForWriting, "the refcount block and the L2 table overlap"),
-        ("no block at all", |i| i.put64(REFCOUNT_TABLE, 0), Close, "a cluster that was in use has the refcount zero"),
+        ("no block at all", |i| i.put64(REFCOUNT_TABLE, 0), Write, "a cluster with metadata has the refcount zero"),
         ("metadata not counted", |i| i.count(L1, 0).put64(L2, 0), Write, "a cluster with metadata has the refcount zero"),
         ("the header not counted", |i| i.count(0, 0), Check, "the cluster at 0x0 has the refcount 0"),
         ("data not counted", |i| i.count(DATA, 0), Close, "a cluster that was in use has the refcount zero"),

@@ -88,6 +88,28 @@ fn what_a_crash_leaves_behind_the_last_cluster_is_used_again() {
     assert!(lengths[0] > 1 << 20 && lengths.iter().all(|length| *length == lengths[0]), "the file grows: {lengths:?}");
 }
 
+/// As above, where a crash has come before any flush: the counts of the space that it leaves are in no refcount block of the file.
+#[test]
+fn what_a_crash_leaves_uncounted_is_used_again() {
+    let mut environment = SimulatedEnvironment::new(1);
+    let mut lengths = Vec::new();
+    for session in 0..6 {
+        let inner = environment.clone();
+        lengths.push(Simulation::on(environment.clone()).block_on(async move {
+            if session == 0 {
+                let options = CreateOptions { cluster_bits: 9, refcount_bits: 64, ..CreateOptions::standalone(4 << 20) };
+                new_layer(&inner, options).await.freeze().await.expect("frozen");
+            }
+            let stack = open_stack(&inner, Path::new(IMAGE), None).await;
+            let request = Request::new(Kind::Write, range(session << 16, 1 << 16), &mut Chance::new(session));
+            request.send(&stack).await;
+            stack.view().top().file().length().expect("a length")
+        }));
+        environment = environment.restarted();
+    }
+    assert!(lengths[0] > 1 << 20 && lengths.iter().all(|length| *length == lengths[0]), "the file grows: {lengths:?}");
+}
+
 /// A file whose length cannot change, as that of a block device.
 #[test]
 fn an_image_lives_on_a_medium_that_cannot_grow() {
@@ -126,6 +148,112 @@ fn an_image_lives_on_a_medium_that_cannot_grow() {
             scratch.expect_content("a.qcow2", &model.bytes, "on a device");
         }
     }
+}
+
+/// A device of several refcount blocks' reach, of which only the first block exists at the beginning.
+#[test]
+fn a_device_is_used_up_to_its_end() {
+    const CLUSTER: u64 = 64 << 10;
+    for refcount_bits in [16, 64] {
+        let per_block = CLUSTER * 8 / u64::from(refcount_bits);
+        let clusters = 5 * per_block + per_block / 2;
+        let scratch = Scratch::new();
+        std::fs::File::create(scratch.path("device"))
+            .and_then(|file| file.set_len(clusters * CLUSTER + 512))
+            .expect("a long file of holes");
+        let mut environment = SimulatedEnvironment::new(1);
+        environment.import(scratch.path("device"), IMAGE).expect("imported");
+        let mut written = 0;
+        for session in 0.. {
+            for kind in [OperationKind::Allocate, OperationKind::SetLen] {
+                environment.inject(Fault::lasting(kind, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
+            }
+            let inner = environment.clone();
+            let before = written;
+            written = Simulation::on(environment.clone()).block_on(async move {
+                let file = open_file(&inner, Path::new(IMAGE), Access::Write).await;
+                if session == 0 {
+                    let options = CreateOptions { cluster_bits: 16, refcount_bits, ..CreateOptions::standalone(2 * clusters * CLUSTER) };
+                    Qcow2::<SimulatedEnvironment>::create(&file, &options).await.expect("created");
+                }
+                let layer = Layer::<SimulatedEnvironment>::Qcow2(Qcow2::open(file, OpenOptions::writing()).await.expect("opens"));
+                let mut written = before;
+                // More than a block's reach in some sessions, less in others.
+                while written < before + per_block * (1 + session % 3) / 2 {
+                    match layer.reserve(range(written * CLUSTER, CLUSTER)).await {
+                        Ok(reservation) => reservation.commit(|| {}),
+                        Err(error) => {
+                            assert!(error.is_no_space(), "{error}");
+                            break;
+                        }
+                    }
+                    written += 1;
+                }
+                if session % 2 == 0 {
+                    layer.freeze().await.expect("frozen")
+                } else {
+                    layer.flush().await.expect("flushed")
+                }
+                written
+            });
+            environment = environment.restarted();
+            if written == before {
+                break;
+            }
+        }
+        // Header, L1 table, refcount table, six refcount blocks; L2 tables.
+        let tables = 9 + written.div_ceil(CLUSTER / 8);
+        assert!(written + tables >= clusters - 2, "{written} clusters and {tables} tables on a device of {clusters}");
+        environment.export(IMAGE, scratch.path("a.qcow2")).expect("exported");
+        scratch.expect_sound("a.qcow2", "a full device");
+    }
+}
+
+/// Blocks between others that are missing are made when their clusters are used.
+#[test]
+fn holes_in_the_refcount_table_are_filled() {
+    let environment = SimulatedEnvironment::new(1);
+    let scratch = Scratch::new();
+    scratch.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", "a.qcow2", "4M"]);
+    // One L2 table for every 32 KiB: all of them come first.
+    let tables: Vec<String> = (0..64).map(|table| format!("write -P 1 {} 512", table << 15)).collect();
+    let commands = ["write -P 1 0 2M", "discard 64k 1800k", "flush"];
+    scratch.abandon("a.qcow2", &tables.iter().map(String::as_str).chain(commands).collect::<Vec<_>>());
+    let mut image = std::fs::read(scratch.path("a.qcow2")).expect("the image exists");
+    // Takes the blocks out of the table that count nothing but themselves.
+    let word = |image: &[u8], at: usize| u64::from_be_bytes(image[at..at + 8].try_into().expect("eight bytes")) as usize;
+    let (table, entries) = (word(&image, 48), image[59] as usize * 64);
+    let mut holes = 0;
+    for index in 0..entries {
+        let (entry, block) = (table + index * 8, word(&image, table + index * 8));
+        let own = block / (64 * 512) == index;
+        if block != 0 && own && (0..64).all(|count| (word(&image, block + count * 8) != 0) == (count == block / 512 % 64)) {
+            image[entry..entry + 8].fill(0);
+            holes += 1;
+        }
+    }
+    assert!(holes > 20, "{holes} blocks that count only themselves");
+    std::fs::write(scratch.path("a.qcow2"), &image).expect("the folder is writable");
+    scratch.expect_sound("a.qcow2", "with holes in the refcount table");
+    environment.put(IMAGE, &image);
+    let inner = environment.clone();
+    let mut bytes = vec![1; 2 << 20];
+    bytes[64 << 10..1864 << 10].fill(0);
+    bytes.resize(4 << 20, 0);
+    let len = image.len() as u64;
+    let bytes = Simulation::on(environment.clone()).block_on(async move {
+        let stack = open_stack(&inner, Path::new(IMAGE), None).await;
+        let request = Request::new(Kind::Write, range(2 << 20, 1500 << 10), &mut Chance::new(1));
+        request.send(&stack).await;
+        request.apply(&stack, &mut bytes).await;
+        expect_disk(&stack, &bytes, "in the holes").await;
+        stack.close().await.expect("closed");
+        assert!(stack.view().top().file().length().expect("a length") < len + (200 << 10), "the holes were not used");
+        bytes
+    });
+    environment.export(IMAGE, scratch.path("a.qcow2")).expect("exported");
+    scratch.expect_sound("a.qcow2", "in the holes");
+    scratch.expect_content("a.qcow2", &bytes, "in the holes");
 }
 
 #[test]
