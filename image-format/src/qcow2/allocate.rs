@@ -26,6 +26,8 @@ const LAST_BATCH_BYTES: u64 = 64 << 20;
 const BATCH_CLUSTERS: std::ops::RangeInclusive<u64> = 8..=8192;
 /// Refcount blocks that one filling-up looks through for free clusters, before it appends to the file.
 const SCAN_BLOCKS: u32 = 4;
+/// Free runs for which space is asked for at a time: each is a call to the file system.
+const RUNS_AT_ONCE: usize = 64;
 
 /// Free space, and the counts of what is used.
 #[derive(Debug)]
@@ -37,6 +39,8 @@ pub(super) struct Allocator {
     ready_clusters: u64,
     /// Known to be free; by first cluster.
     free: BTreeMap<u64, u64>,
+    /// Free as well, but the file system had no space for them when it was asked.
+    hollow: Vec<Range<u64>>,
     /// Clusters from here up to `scan_end`, the first after all that were counted at opening, have not been looked at.
     scan: u64,
     scan_end: u64,
@@ -69,6 +73,7 @@ impl Allocator {
             ready: VecDeque::new(),
             ready_clusters: 0,
             free: BTreeMap::new(),
+            hollow: Vec::new(),
             scan: 1,
             scan_end: limit.map_or(used_end, |limit| used_end.min(limit)),
             end: used_end,
@@ -146,6 +151,13 @@ impl Allocator {
         Some(start..start + take)
     }
 
+    /// There is space again, so those for which there was none are as good as other free ones.
+    fn retry_hollow(&mut self) {
+        for run in std::mem::take(&mut self.hollow) {
+            self.add_free_run(run);
+        }
+    }
+
     /// Clusters after all that are used which the file had when it was opened.
     fn left_over(&self) -> u64 {
         self.zero_from.saturating_sub(self.end)
@@ -208,21 +220,60 @@ impl<E: Environment> Inner<E> {
         if found > 0 {
             return Ok(());
         }
-        self.append(wanted, turn).await
+        match self.append(wanted, turn).await {
+            Err(error) if error.is_no_space() && self.use_hollow(turn).await? => Ok(()),
+            result => result,
+        }
     }
 
-    /// Moves known free clusters to the ready ones. Returns how many.
+    /// Moves some known free clusters to the ready ones. Returns how many.
     async fn use_free(&self, wanted: u64, turn: &TurnGuard<'_>) -> Result<u64, LayerError> {
         let mut found = 0;
-        while found < wanted {
+        for _ in 0..RUNS_AT_ONCE {
+            if found >= wanted {
+                break;
+            }
             let Some(run) = self.allocator().take_free(wanted - found) else { break };
-            let (index, _) = self.format.geometry.locate_refcount(HostCluster(run.start));
-            self.load_refcounts(index, turn).await?;
-            self.check_free(run.clone())?;
-            found += run.end - run.start;
-            self.allocator().push_ready(run, false);
+            let len = run.end - run.start;
+            match self.make_ready(run.clone(), turn).await {
+                Ok(()) => found += len,
+                Err(error) if error.is_no_space() => self.allocator().hollow.push(run),
+                Err(error) => {
+                    self.allocator().add_free_run(run);
+                    return Err(error);
+                }
+            }
         }
         Ok(found)
+    }
+
+    /// Free clusters are holes where they have been punched out, so they need space again before anybody may count on writing there.
+    async fn make_ready(&self, run: Range<u64>, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
+        let (index, _) = self.format.geometry.locate_refcount(HostCluster(run.start));
+        self.load_refcounts(index, turn).await?;
+        self.check_free(run.clone())?;
+        self.promise_space(run.clone()).await?;
+        self.allocator().push_ready(run, false);
+        Ok(())
+    }
+
+    /// Tries one of the free clusters for which there was no space.
+    async fn use_hollow(&self, turn: &TurnGuard<'_>) -> Result<bool, LayerError> {
+        let Some(run) = self.allocator().hollow.pop() else { return Ok(false) };
+        let first = run.start..run.start + 1;
+        let outcome = self.make_ready(first.clone(), turn).await;
+        let mut allocator = self.allocator();
+        match outcome {
+            Ok(()) => {
+                allocator.add_free_run(first.end..run.end);
+                allocator.retry_hollow();
+                Ok(true)
+            }
+            Err(error) => {
+                allocator.hollow.push(run);
+                if error.is_no_space() { Ok(false) } else { Err(error) }
+            }
+        }
     }
 
     /// Looks through the next refcount block for free clusters, and makes it if it is missing between others: it takes the first of its own
@@ -283,6 +334,7 @@ impl<E: Environment> Inner<E> {
                     let mut allocator = self.allocator();
                     let reads_zero = first.0 >= allocator.zero_from;
                     allocator.push_ready(first.0..first.0 + clusters, reads_zero);
+                    allocator.retry_hollow();
                     allocator.batch_bytes = (allocator.batch_bytes * 2).min(LAST_BATCH_BYTES);
                     return Ok(());
                 }

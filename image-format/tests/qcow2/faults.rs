@@ -256,6 +256,44 @@ fn holes_in_the_refcount_table_are_filled() {
     scratch.expect_content("a.qcow2", &bytes, "in the holes");
 }
 
+/// Clusters that were punched out have no space of their own: a table that is to lie in one must not be promised it.
+#[test]
+fn clusters_that_were_punched_out_get_space_before_they_are_used() {
+    let environment = SimulatedEnvironment::new(1);
+    let scratch = Scratch::new();
+    let inner = environment.clone();
+    Simulation::on(environment.clone()).block_on(async move {
+        const FAR: u64 = 600 << 20;
+        let layer = new_layer(&inner, CreateOptions::standalone(2 << 30)).await;
+        for cluster in 0..64 {
+            layer.reserve(range(cluster << 16, 1 << 16)).await.expect("reserved").commit(|| {});
+        }
+        layer.freeze().await.expect("frozen");
+        drop(layer);
+        let file = open_file(&inner, Path::new(IMAGE), Access::Write).await;
+        let layer = Layer::<SimulatedEnvironment>::Qcow2(Qcow2::open(file, OpenOptions::writing()).await.expect("opens"));
+        layer.discard(range(0, 4 << 20), false, &|_| {}).await.expect("discarded");
+        layer.flush().await.expect("flushed");
+        layer.release(layer.take_unmapped()).await.expect("released");
+        inner.set_space_limit(Some(0));
+        for _ in 0..3 {
+            let error = layer.reserve(range(FAR, 1 << 16)).await.map(drop).expect_err("a full disk");
+            assert!(error.is_no_space(), "{error}");
+            layer.flush().await.expect("a full disk is no failure");
+        }
+        inner.set_space_limit(None);
+        layer.reserve(range(FAR, 1 << 16)).await.expect("there is room again").commit(|| {});
+        let length = layer.file().length().expect("a length");
+        for cluster in 1..100 {
+            layer.reserve(range(FAR + (cluster << 16), 1 << 16)).await.expect("there is room again").commit(|| {});
+        }
+        assert_eq!(layer.file().length().expect("a length"), length, "the clusters were not used again");
+        layer.freeze().await.expect("frozen");
+    });
+    environment.export(IMAGE, scratch.path("a.qcow2")).expect("exported");
+    scratch.expect_sound("a.qcow2", "after the disk was full");
+}
+
 #[test]
 fn writes_go_on_when_a_full_disk_has_room_again() {
     let environment = SimulatedEnvironment::new(1);
