@@ -1,7 +1,8 @@
 //! Making the disk larger.
 //!
-//! 1. What lies past the old end reads as zeros: the rest of the last mapping unit is overwritten, and clusters that would let a longer backing
-//!    file show through become zero clusters.
+//! 1. What lies past the old end reads as zeros: the rest of the last mapping unit is overwritten, and everything behind it is unmapped, because
+//!    something may be mapped there (the state of a machine that QEMU has saved, the rest of a larger disk). Clusters that would let a longer
+//!    backing file show through become zero clusters.
 //! 2. If the L1 table is too short, a longer one is written elsewhere, and the header is pointed to it (a write-back does both, see
 //!    `writeback`). With more entries than the disk needs the image is as sound as before.
 //! 3. The header says the new size.
@@ -66,8 +67,9 @@ impl<E: Environment> Qcow2<E> {
         }
         inner.clear_rest_of_last_unit(old_size, shows_through).await?;
         inner.lengthen_l1(new_size).await?;
-        let become_what = if shows_through { Become::Zero { keep_space: false } } else { Become::Unallocated };
-        inner.unmap_range(inner.unmapped_by_growth(old_size, new_size, beneath), become_what, &|_| {}).await?;
+        let [hidden, empty] = inner.unmapped_by_growth(old_size, new_size, beneath);
+        inner.unmap_range(hidden, Become::Zero { keep_space: false }, &|_| {}).await?;
+        inner.unmap_range(empty, Become::Unallocated, &|_| {}).await?;
         inner
             .write_back_and(async |inner: &Inner<E>| {
                 inner.header().size = new_size;
@@ -100,12 +102,13 @@ impl<E: Environment> Inner<E> {
         }
     }
 
-    /// The mapping units past the end of the disk that are in the last cluster, or that a longer image beneath would show through.
-    fn unmapped_by_growth(&self, size: u64, new_size: u64, beneath: Option<u64>) -> GuestRange {
-        let geometry = &self.format.geometry;
-        let [size, beneath] = [size, beneath.unwrap_or(0).min(new_size)].map(GuestOffset::new);
-        let end = size.align_up(geometry.cluster_bytes()).max(beneath.align_up(geometry.subcluster_bytes()));
-        GuestRange::between(size.align_up(geometry.subcluster_bytes()), end)
+    /// The whole mapping units past the end of the disk: those that a longer image beneath would show through, and those after them.
+    fn unmapped_by_growth(&self, size: u64, new_size: u64, beneath: Option<u64>) -> [GuestRange; 2] {
+        let unit = self.format.geometry.subcluster_bytes();
+        let [start, shown] = [size, beneath.unwrap_or(0).min(new_size)].map(|at| GuestOffset::new(at).align_up(unit));
+        let shown = shown.max(start);
+        let end = GuestOffset::new(new_size).align_up(self.format.geometry.cluster_bytes());
+        [GuestRange::between(start, shown), GuestRange::between(shown, end)]
     }
 
     /// Sees to it that the part of the last mapping unit past the end of the disk, if there is one, reads as zeros.

@@ -86,6 +86,39 @@ fn longer_backing_files_do_not_show_through() {
     }
 }
 
+/// Such as the state of a machine that QEMU has saved, or what going back to a snapshot of a larger disk has brought back.
+#[test]
+fn what_is_mapped_past_the_end_never_shows() {
+    for (options, size, new_size, beneath) in [
+        ("cluster_size=512", 70_144, 600 << 10, None),
+        ("cluster_size=512", 70_144, 600 << 10, Some(200_704)),
+        ("compat=0.10", 70_144, 1 << 20, None),
+        ("extended_l2=on,cluster_size=16k", 70_144, 1 << 20, Some(300 << 10)),
+        ("compat=1.1", 1 << 20, 3 << 20, Some(2 << 20)),
+    ] {
+        let scratch = Scratch::new();
+        let mut arguments = vec!["create", "-q", "-f", "qcow2", "-o", options];
+        if let Some(len) = beneath {
+            std::fs::write(scratch.path("base.raw"), vec![0x77; len]).expect("the folder is writable");
+            arguments.extend(["-b", "base.raw", "-F", "raw"]);
+        }
+        arguments.extend(["a.qcow2", "4M"]);
+        scratch.qemu_img(&arguments);
+        scratch.qemu_io("a.qcow2", "qcow2", &["write -P 7 0 4M"]);
+        // A smaller disk with the same tables.
+        let mut image = std::fs::read(scratch.path("a.qcow2")).expect("the image exists");
+        image[24..32].copy_from_slice(&(size as u64).to_be_bytes());
+        std::fs::write(scratch.path("a.qcow2"), image).expect("the folder is writable");
+        scratch.expect_sound("a.qcow2", options);
+        grow(&scratch, beneath.map(|_| "raw"), new_size).expect("grown");
+        scratch.expect_sound("a.qcow2", options);
+        let mut bytes = vec![7; size];
+        bytes.resize(new_size, 0);
+        scratch.expect_content("a.qcow2", &bytes, options);
+        write_randomly(&scratch, beneath.map(|_| "raw"), Model { bytes, chance: Chance::new(1) }, 64 << 10);
+    }
+}
+
 #[test]
 fn internal_snapshots_keep_their_size() {
     let scratch = Scratch::new();
