@@ -215,14 +215,24 @@ impl<E: Environment> Layer<E> {
     }
 
     /// Ends writing: flushes, gives unused and unmapped space back, flushes again. Reads go on. Writes are refused with
-    /// [`LayerError::ReadOnly`] from the call on, and once it has succeeded the file never changes again. No request may be writing any more.
+    /// [`LayerError::ReadOnly`] from the call on, and once it has succeeded the file never changes again. No request may be using the layer any
+    /// more.
     ///
     /// # Errors
     /// As for [`flush`](Self::flush).
     pub async fn freeze(&self) -> Result<(), LayerError> {
+        self.freeze_after(std::future::ready(())).await
+    }
+
+    /// As [`freeze`](Self::freeze), while requests may still be reading, but none writing. `readers_gone` is awaited before space is given back
+    /// that was unmapped, if there is any: it ends when every request has ended that may know an old place of some bytes.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush).
+    pub async fn freeze_after(&self, readers_gone: impl Future<Output = ()>) -> Result<(), LayerError> {
         match self {
             Self::Raw(raw) => raw.freeze().await,
-            Self::Qcow2(image) => image.freeze().await,
+            Self::Qcow2(image) => image.freeze(readers_gone).await,
         }
     }
 }

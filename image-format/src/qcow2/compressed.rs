@@ -38,16 +38,17 @@ impl<E: Environment> Inner<E> {
             Compression::Deflate => inflate(&bytes, &mut cluster),
             Compression::Zstd => decompress_zstd(&bytes, &mut cluster),
         };
+        // Somebody may have written the cluster anew meanwhile, and the freed bytes may be gone from the file already, or be others that can be
+        // decompressed as well.
+        let now = slice.lock().entry(index, &self.format).map_err(|detail| self.corrupt_entry(key, index, detail))?;
+        if now != entry {
+            return Ok(None);
+        }
         let detail = match done {
             Ok(true) => return Ok(Some((range, cluster))),
             Ok(false) => "the compressed bytes end before the cluster is full",
             Err(_) => "the bytes cannot be decompressed",
         };
-        // Somebody may have written the cluster anew meanwhile, and the freed bytes may be gone from the file already.
-        let now = slice.lock().entry(index, &self.format).map_err(|detail| self.corrupt_entry(key, index, detail))?;
-        if now != entry {
-            return Ok(None);
-        }
         Err(LayerError::Corrupt { what, at: extent.at, detail })
     }
 }

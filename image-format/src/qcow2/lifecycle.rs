@@ -76,13 +76,18 @@ impl<E: Environment> Qcow2<E> {
         inner.write_back().await
     }
 
-    pub(crate) async fn freeze(&self) -> Result<(), LayerError> {
+    pub(crate) async fn freeze(&self, readers_gone: impl Future<Output = ()>) -> Result<(), LayerError> {
         let inner = &self.inner;
         if inner.phase.get() == Phase::ReadOnly {
             return inner.admit_flush();
         }
         inner.phase.set(Phase::Freezing);
         inner.write_back().await?;
+        // Nobody writes any more, so nothing is unmapped after this look at it.
+        let has_unmapped = inner.unmapped().has_any();
+        if has_unmapped {
+            readers_gone.await;
+        }
         let end = inner.give_back().await?;
         inner
             .write_back_and(async |inner: &Inner<E>| {
@@ -100,7 +105,7 @@ impl<E: Environment> Inner<E> {
     /// Gives everything back that is allocated and not in use, and returns the first cluster after all that are in use.
     async fn give_back(&self) -> Result<HostCluster, LayerError> {
         let turn = self.refcount_turn.take().await;
-        // The caller of `freeze` says that no request writes any more, so nobody can be writing to these either.
+        // Nobody writes any more, and whoever was reading there has ended.
         let unmapped = self.unmapped().take_all_unmapped();
         self.lower(unmapped, &turn).await?;
         self.give_back_reserves(&turn).await

@@ -32,6 +32,11 @@ pub(super) struct UnmappedLists {
 }
 
 impl UnmappedLists {
+    /// Whether anything is not referred to any more.
+    pub(super) fn has_any(&self) -> bool {
+        !self.ready.is_empty() || !self.told.is_empty()
+    }
+
     /// Everything that is not referred to any more.
     pub(super) fn take_all_unmapped(&mut self) -> Vec<HostOffset> {
         let told = self.told.drain().flat_map(|(_, clusters)| clusters);

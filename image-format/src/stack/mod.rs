@@ -167,13 +167,14 @@ impl<E: Environment> Stack<E> {
         drop(view);
         for number in self.unfrozen_from.load(Ordering::Acquire)..=number {
             self.retirements.all_up_to(number).await;
-            self.freeze_layer(&layers, number).await?;
+            // Requests of the views above may still be reading where the map pointed before the last changes of this layer.
+            self.freeze_layer(&layers, number, self.grace_period()).await?;
         }
         Ok(())
     }
 
     /// Ends writing for good: waits until no request uses the layers beneath the top, gives reserved space back and makes everything durable.
-    /// Whoever takes requests must have stopped.
+    /// Whoever takes requests must have stopped, and all requests have ended.
     ///
     /// # Errors
     /// The first, if layers cannot be made durable. The others are brought to rest all the same.
@@ -184,29 +185,34 @@ impl<E: Environment> Stack<E> {
             if number < view.top_number() {
                 self.retirements.all_up_to(number).await;
             }
-            outcome = outcome.and(self.freeze_layer(&view.layers, number).await);
+            outcome = outcome.and(self.freeze_layer(&view.layers, number, std::future::ready(())).await);
         }
         outcome
     }
 
-    /// Brings one layer to rest, to which nobody writes any more.
-    async fn freeze_layer(&self, layers: &[Arc<Layer<E>>], number: usize) -> Result<(), LayerError> {
+    /// Brings one layer to rest, to which nobody writes any more. `readers_gone`: see [`Layer::freeze_after`].
+    async fn freeze_layer(
+        &self,
+        layers: &[Arc<Layer<E>>],
+        number: usize,
+        readers_gone: impl Future<Output = ()>,
+    ) -> Result<(), LayerError> {
         let layer = &layers[number];
-        layer.freeze().await?;
+        layer.freeze_after(readers_gone).await?;
         // Only in order: a flush covers the lowest layer that is not durable, whatever became of those above.
         let _ = self.unfrozen_from.compare_exchange(number, number + 1, Ordering::AcqRel, Ordering::Relaxed);
         Ok(())
     }
 
     /// Publishes an equal view in the place of the present one, and ends when no request uses any view from before: a grace period, after which
-    /// no request can still be writing where the map pointed before.
-    async fn grace_period(self: &Arc<Self>) {
+    /// no request can still be reading or writing where the map pointed before.
+    async fn grace_period(&self) {
         let before = {
             let _publishing = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
             let present = self.view();
             let retirement = self.retirements.add(present.top_number());
             let successor = View {
-                stack: Arc::downgrade(self),
+                stack: std::sync::Weak::clone(&present.stack),
                 layers: Arc::clone(&present.layers),
                 map: Arc::clone(&present.map),
                 fence: present.fence.clone(),
