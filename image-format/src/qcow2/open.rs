@@ -208,6 +208,10 @@ impl<E: Environment> Inner<E> {
 async fn read_refcount_table(file: &impl Storage, header: &Header, file_len: u64) -> Result<Vec<u64>, OpenError> {
     let at = header.refcount_table_offset;
     let len = usize::try_from(header.refcount_table_clusters).expect("at most 8 MiB") * header.geometry.cluster_len();
+    // What is not in the file would be appended to it. Reading alone does not need the table.
+    if (at + len as u64).get() > file_len.next_multiple_of(header.geometry.cluster_bytes()) {
+        return Err(HeaderError::RefcountTableOutside(at).into());
+    }
     let read = file.read_bytes(at, len).await;
     let table = words_from(&read.map_err(|source| OpenError::Read { what: Structure::RefcountTable, at, source })?);
     for (index, &word) in (0_u64..).zip(&table) {

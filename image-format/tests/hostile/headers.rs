@@ -45,6 +45,16 @@ fn hostile_headers_are_refused() {
         ("refcount table in the header", |i| i.put64(48, 0), Open, "the header and the refcount table overlap"),
         ("refcount table after the end", |i| i.put64(48, 0xa0000), Open, "the refcount table at 0xa0000 is outside the file"),
         ("refcount table offset huge", |i| i.put64(48, !0xffff), Open, "the refcount table at 0xffffffffffff0000 is outside"),
+        (
+            "refcount table over the end",
+            |i| {
+                let table = i.0[REFCOUNT_TABLE..][..CLUSTER].to_vec();
+                i.0.extend(table);
+                i.count(CLUSTERS * CLUSTER, 1).put64(48, (CLUSTERS * CLUSTER) as u64).put32(56, 2)
+            },
+            OpenForWriting,
+            "the refcount table at 0x90000 is outside the file",
+        ),
         ("refcount table empty", |i| i.put32(56, 0), Open, "the refcount table has no clusters"),
         ("refcount table too large", |i| i.put32(56, 129), Open, "the refcount table has 129 clusters, more than the limit of 8 MiB"),
         ("refcount table huge", |i| i.put32(56, u32::MAX), Open, "the refcount table has 4294967295 clusters"),

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use crate::qcow2::testing::{MemoryFile, Scratch, run};
+use crate::qcow2::testing::{MemoryFile, MemoryOnly, Scratch, run};
+use crate::qcow2::{OpenOptions, Qcow2};
 use crate::storage::Chance;
 
 use super::*;
@@ -278,6 +279,26 @@ fn leaks_of_corrupt_images_stay() {
     let report = ours(&file, Repair::Leaks).expect("checked");
     assert!(report.corruptions == 1 && report.leaks > 0 && report.leaks_fixed == 0, "{report:?}");
     assert!(file.to_bytes() == bytes);
+}
+
+#[test]
+fn a_refcount_table_that_ends_behind_the_file_is_corrupt_to_both() {
+    let scratch = Scratch::new();
+    scratch.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    let mut bytes = scratch.load("a.qcow2").to_bytes();
+    // Behind all others, as a copy; its former place, the second cluster, is free.
+    bytes.resize(0x40000, 0);
+    bytes.extend_from_within(0x10000..0x20000);
+    bytes[48..56].copy_from_slice(&0x40000_u64.to_be_bytes());
+    for (clusters, corrupt) in [(1_u32, false), (2, true)] {
+        bytes[56..60].copy_from_slice(&clusters.to_be_bytes());
+        bytes[0x20000..0x2000c].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0, u8::from(corrupt)]);
+        std::fs::write(scratch.path("a.qcow2"), &bytes).expect("written");
+        assert_eq!(agree(&scratch, "a.qcow2", "behind the file").is_corrupt(), corrupt);
+        let file = scratch.load("a.qcow2");
+        let opened = run(async move { Qcow2::<MemoryOnly>::open(file, OpenOptions::writing()).await.map(drop) });
+        assert_eq!(opened.is_err(), corrupt, "{opened:?}");
+    }
 }
 
 #[test]
