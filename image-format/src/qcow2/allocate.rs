@@ -220,10 +220,21 @@ impl<E: Environment> Inner<E> {
         if found > 0 {
             return Ok(());
         }
-        match self.append(wanted, turn).await {
-            Err(error) if error.is_no_space() && self.use_hollow(turn).await? => Ok(()),
-            result => result,
+        let refused = match self.append(wanted, turn).await {
+            Err(error) if error.is_no_space() || matches!(error, LayerError::TooLarge { .. }) => error,
+            result => return result,
+        };
+        // Nobody hears that there is no space before all of it has been looked through.
+        loop {
+            if self.use_free(wanted, turn).await? > 0 {
+                return Ok(());
+            }
+            let all_tried = self.allocator().free.is_empty();
+            if all_tried && !self.scan_block(turn).await? {
+                break;
+            }
         }
+        if self.use_hollow(turn).await? { Ok(()) } else { Err(refused) }
     }
 
     /// Moves some known free clusters to the ready ones. Returns how many.
@@ -277,7 +288,7 @@ impl<E: Environment> Inner<E> {
     }
 
     /// Looks through the next refcount block for free clusters, and makes it if it is missing between others: it takes the first of its own
-    /// clusters. `false`: all have been looked through.
+    /// clusters. `false`: all have been looked through, or there is no space for a missing one.
     async fn scan_block(&self, turn: &TurnGuard<'_>) -> Result<bool, LayerError> {
         let per_block = self.format.geometry.refcounts_per_block();
         let (from, end) = {
@@ -293,7 +304,10 @@ impl<E: Environment> Inner<E> {
             BlockState::Missing => {
                 let place = from..from + 1;
                 self.check_free(place.clone())?;
-                self.promise_space(place.clone()).await?;
+                match self.promise_space(place.clone()).await {
+                    Err(error) if error.is_no_space() => return Ok(false),
+                    result => result?,
+                }
                 self.allocator().refcounts.make_block(index, HostCluster(from));
                 self.metadata_mut().add(place);
             }

@@ -209,6 +209,39 @@ fn a_device_is_used_up_to_its_end() {
     }
 }
 
+/// The only free cluster is many refcount blocks away from where the search begins.
+#[test]
+fn a_device_is_full_only_when_all_of_it_has_been_looked_through() {
+    let environment = SimulatedEnvironment::new(1);
+    environment.put(IMAGE, &[0; 1 << 20]);
+    for kind in [OperationKind::Allocate, OperationKind::SetLen] {
+        environment.inject(Fault::lasting(kind, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
+    }
+    let inner = environment.clone();
+    Simulation::on(environment).block_on(async move {
+        let options = CreateOptions { cluster_bits: 9, refcount_bits: 64, ..CreateOptions::standalone(4 << 20) };
+        let file = open_file(&inner, Path::new(IMAGE), Access::Write).await;
+        Qcow2::<SimulatedEnvironment>::create(&file, &options).await.expect("created");
+        let layer = Layer::<SimulatedEnvironment>::Qcow2(Qcow2::open(file, OpenOptions::writing()).await.expect("opens"));
+        let mut written = 0;
+        while let Ok(reservation) = layer.reserve(range(written * 512, 512)).await {
+            reservation.commit(|| {});
+            written += 1;
+        }
+        assert!(written > 1000, "{written} clusters");
+        layer.freeze().await.expect("frozen");
+        drop(layer);
+        let file = open_file(&inner, Path::new(IMAGE), Access::Write).await;
+        let layer = Layer::<SimulatedEnvironment>::Qcow2(Qcow2::open(file, OpenOptions::writing()).await.expect("opens"));
+        layer.discard(range((written - 1) * 512, 512), false, &|_| {}).await.expect("discarded");
+        layer.flush().await.expect("flushed");
+        layer.release(layer.take_unmapped()).await.expect("released");
+        layer.reserve(range((written - 1) * 512, 512)).await.expect("one cluster is free").commit(|| {});
+        let error = layer.reserve(range(written * 512, 512)).await.map(drop).expect_err("full");
+        assert!(error.is_no_space(), "{error}");
+    });
+}
+
 /// Blocks between others that are missing are made when their clusters are used.
 #[test]
 fn holes_in_the_refcount_table_are_filled() {
