@@ -201,13 +201,18 @@ impl<E: Environment> Inner<E> {
             return;
         }
         if let Some(turn) = self.refcount_turn.try_take() {
-            let filled = self.fill_up_in_turn(&turn).await;
-            // The error itself is for whoever needs a cluster and finds none.
-            self.allocator().starved = filled.is_err();
+            // The error is for whoever needs a cluster and finds none; `starved` is what is left of it here.
+            let _ = self.fill_up_in_turn(&turn).await;
         }
     }
 
     async fn fill_up_in_turn(&self, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
+        let filled = self.find_clusters(turn).await;
+        self.allocator().starved = filled.is_err();
+        filled
+    }
+
+    async fn find_clusters(&self, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
         let wanted = self.allocator().batch_clusters();
         let mut found = 0;
         for _ in 0..SCAN_BLOCKS {
@@ -417,5 +422,39 @@ impl<E: Environment> Inner<E> {
         let needed = |index: u64| appending.contains(&index) || ready.iter().any(|run| is_ready(run, index));
         refcounts.insert(index, &bytes, needed);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::qcow2::{CreateOptions, OpenOptions, Qcow2};
+    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
+    use crate::storage::{Access, CacheMode, Environment, Location};
+
+    #[test]
+    fn filling_up_ahead_of_need_goes_on_after_a_full_disk() {
+        let environment = SimulatedEnvironment::new(1);
+        let inner = environment.clone();
+        Simulation::on(environment).block_on(async move {
+            let at = Location::Trusted(Path::new("/a.qcow2").to_owned());
+            let file = inner.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+            Qcow2::<SimulatedEnvironment>::create(&file, &CreateOptions::standalone(64 << 20)).await.expect("created");
+            let image = Qcow2::<SimulatedEnvironment>::open(file, OpenOptions::writing()).await.expect("opens");
+            let image = &image.inner;
+            inner.set_space_limit(Some(0));
+            image.top_up().await;
+            assert!(image.allocator().starved && !image.allocator().is_low(), "nobody tries again ahead of need");
+            image.allocate().await.expect_err("a full disk");
+            inner.set_space_limit(None);
+            image.allocate().await.expect("there is room again");
+            assert!(!image.allocator().starved);
+            while !image.allocator().is_low() {
+                image.allocate().await.expect("a cluster is ready");
+            }
+            image.top_up().await;
+            assert!(!image.allocator().is_low(), "nothing was filled up");
+        });
     }
 }
