@@ -80,7 +80,7 @@ impl Snapshots {
         }
         let start = header.snapshots_offset;
         let file_len = file.length().map_err(|source| SnapshotError::Read { at: start, source })?;
-        let mut reader = TableReader { file, at: start, end: HostOffset::new(file_len), buffered: Vec::new(), index: 0 };
+        let mut reader = TableReader { file, at: start, end: HostOffset::new(file_len), buffered: Vec::new(), taken: 0, index: 0 };
         for index in 0..header.snapshot_count {
             reader.index = index;
             let snapshot = reader.entry().await?;
@@ -113,10 +113,12 @@ fn check_l1(index: u32, snapshot: &InternalSnapshot, header: &Header, file_len: 
 /// Reads the entries, whose length shows only on the way, in pieces of some size.
 struct TableReader<'a, S> {
     file: &'a S,
-    /// Position of the first buffered byte: the next to be taken.
+    /// Position of the next byte to be taken.
     at: HostOffset,
     end: HostOffset,
     buffered: Vec<u8>,
+    /// Bytes of `buffered` that have been taken already.
+    taken: usize,
     index: u32,
 }
 
@@ -145,7 +147,9 @@ impl<S: Storage> TableReader<'_, S> {
 
     async fn take(&mut self, len: usize) -> Result<Vec<u8>, SnapshotError> {
         const PIECE: usize = 64 << 10;
-        while self.buffered.len() < len {
+        while self.buffered.len() - self.taken < len {
+            // What is left is less than an entry.
+            self.buffered.drain(..std::mem::take(&mut self.taken));
             let at = self.at + self.buffered.len() as u64;
             if at >= self.end {
                 // The padding of the last entry need not be in the file.
@@ -160,7 +164,8 @@ impl<S: Storage> TableReader<'_, S> {
             self.buffered.extend_from_slice(&bytes);
         }
         self.at = self.at + len as u64;
-        let rest = self.buffered.split_off(len);
-        Ok(std::mem::replace(&mut self.buffered, rest))
+        let start = self.taken;
+        self.taken += len;
+        Ok(self.buffered[start..self.taken].to_vec())
     }
 }
