@@ -16,6 +16,7 @@ use crate::extent::{ExtentList, Mapping};
 use crate::storage::{Environment, StorageExt};
 use crate::units::{GuestOffset, GuestRange};
 
+use super::geometry::HostCluster;
 use super::unmap::Become;
 use super::{Inner, Qcow2};
 
@@ -148,7 +149,12 @@ impl<E: Environment> Inner<E> {
         let first = self.append_clusters(clusters, &turn).await?;
         self.allocator().refcounts.set_all(first.0..first.0 + clusters, 1);
         self.metadata_mut().add(first.0..first.0 + clusters);
-        self.l1_mut().move_to(geometry.host_offset(first), entries);
+        let between = self.l1_mut().move_to(geometry.host_offset(first), entries);
+        if let Some((at, bytes)) = between {
+            // Growing has failed before, after this step.
+            let clusters = geometry.cluster_numbers(at, bytes).map(|cluster| geometry.host_offset(HostCluster(cluster)));
+            self.unmapped().ready.extend(clusters);
+        }
         Ok(())
     }
 }

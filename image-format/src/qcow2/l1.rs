@@ -92,12 +92,16 @@ impl L1 {
         self.entries.len()
     }
 
-    /// Gives the table another place, where it has more entries. Only once between two write-backs.
-    pub(super) fn move_to(&mut self, at: HostOffset, entries: usize) {
-        debug_assert!(self.moved_from.is_none() && entries > self.entries.len(), "a table moves when it is too short");
-        self.moved_from = Some((self.at, self.entries.len()));
+    /// Gives the table another place, where it has more entries. Until a write-back has told the header of it, the table in the file stays the
+    /// one that it was before the first move. Returns the place and bytes of one in between, which the file has never known.
+    pub(super) fn move_to(&mut self, at: HostOffset, entries: usize) -> Option<(HostOffset, u64)> {
+        debug_assert!(entries > self.entries.len(), "a table moves when it is too short");
+        let former = (self.at, self.entries.len());
+        let between = self.moved_from.is_some().then_some((former.0, former.1 as u64 * 8));
+        self.moved_from.get_or_insert(former);
         self.at = at;
         self.entries.resize(entries, 0);
+        between
     }
 
     /// The L2 table of an entry, if there is one.
@@ -223,7 +227,7 @@ mod tests {
         let geometry = Geometry::new(9, false, 4);
         let mut l1 = L1::new(HostOffset::new(0x600), vec![0; 64]);
         l1.set_table(3, HostOffset::new(0x800));
-        l1.move_to(HostOffset::new(0x1000), 100);
+        assert_eq!(l1.move_to(HostOffset::new(0x1000), 100), None);
         let writes = l1.take_writes(&geometry);
         let (at, bytes) = &writes.sectors[0];
         assert_eq!((writes.sectors.len(), at.get(), bytes.len()), (1, 0x1000, 1024));
@@ -231,6 +235,17 @@ mod tests {
         let moved = MovedL1 { to: HostOffset::new(0x1000), entries: 100, from: HostOffset::new(0x600), from_bytes: 512 };
         assert_eq!(writes.moved, Some(moved));
         assert!(l1.take_writes(&geometry).sectors.is_empty());
+    }
+
+    #[test]
+    fn a_table_that_moves_twice_leaves_the_first_place() {
+        let geometry = Geometry::new(9, false, 4);
+        let mut l1 = L1::new(HostOffset::new(0x600), vec![0; 64]);
+        assert_eq!(l1.move_to(HostOffset::new(0x1000), 100), None);
+        assert_eq!(l1.move_to(HostOffset::new(0x2000), 200), Some((HostOffset::new(0x1000), 800)));
+        let moved = MovedL1 { to: HostOffset::new(0x2000), entries: 200, from: HostOffset::new(0x600), from_bytes: 512 };
+        assert_eq!(l1.take_writes(&geometry).moved, Some(moved));
+        assert_eq!(l1.move_to(HostOffset::new(0x3000), 300), None);
     }
 
     #[test]
