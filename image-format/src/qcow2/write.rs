@@ -21,6 +21,9 @@ const DIRTY_LIMIT_BYTES: usize = 16 << 20;
 ///
 /// Write order: the data is written while this exists; `commit` makes the mapping in memory point to it; a write-back
 /// makes data and refcounts durable before it writes that mapping.
+///
+/// Must not be dropped while a transfer to its place is in flight: a transfer goes on when its future is dropped, and then others may reserve
+/// the same part of the cluster and write there first. Who gives up a write half-way waits for its transfers before (the stack: `all_ended`).
 #[derive(Debug)]
 pub struct Allocation<E: Environment> {
     inner: Arc<Inner<E>>,
@@ -347,7 +350,7 @@ impl<E: Environment> Drop for Allocation<E> {
         let fresh = end_reservation(&mut clusters, self.cluster, self.mask);
         drop(clusters);
         if let Some(fresh) = fresh {
-            // The write may still be under way, so the place takes the way of all clusters that are not used any more.
+            // Something may have been written there, so the place takes the way of all clusters that are not used any more.
             self.inner.unmapped().ready.push(fresh.host);
         }
         shard.ended.notify_all();
