@@ -16,7 +16,6 @@ use crate::extent::{ExtentList, Mapping};
 use crate::storage::{Environment, StorageExt};
 use crate::units::{GuestOffset, GuestRange};
 
-use super::geometry::HostCluster;
 use super::unmap::Become;
 use super::{Inner, Qcow2};
 
@@ -152,8 +151,7 @@ impl<E: Environment> Inner<E> {
         let between = self.l1_mut().move_to(geometry.host_offset(first), entries);
         if let Some((at, bytes)) = between {
             // Growing has failed before, after this step.
-            let clusters = geometry.cluster_numbers(at, bytes).map(|cluster| geometry.host_offset(HostCluster(cluster)));
-            self.unmapped().ready.extend(clusters);
+            self.unmapped().ready.push(geometry.cluster_numbers(at, bytes));
         }
         Ok(())
     }

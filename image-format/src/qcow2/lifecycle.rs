@@ -107,7 +107,7 @@ impl<E: Environment> Inner<E> {
         let turn = self.refcount_turn.take().await;
         // Nobody writes any more, and whoever was reading there has ended.
         let unmapped = self.unmapped().take_all_unmapped();
-        self.lower(unmapped, &turn).await?;
+        self.lower_all(unmapped, &turn).await?;
         self.give_back_reserves(&turn).await
     }
 

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use crate::error::{LayerError, Structure};
 use crate::extent::{Extent, Mapping};
 use crate::layer::Unmapped;
+use crate::runtime::next_turn;
 use crate::storage::{Environment, Storage};
-use crate::units::{GuestOffset, GuestRange, HostOffset};
+use crate::units::{GuestOffset, GuestRange};
 
 use super::entry::{Entry, Standard};
 use super::geometry::{GuestCluster, HostCluster};
@@ -19,16 +20,61 @@ use super::l2::Slice;
 use super::turn::TurnGuard;
 use super::{Inner, Qcow2};
 
+/// Clusters whose refcounts are lowered before the thread does something else: counting them takes some hundred microseconds at most.
+const LOWERED_AT_ONCE: usize = 4096;
+
 /// Host clusters on their way to be free.
 #[derive(Debug, Default)]
 pub(super) struct UnmappedLists {
     /// Not referred to in memory any more; the file may still.
-    pub(super) pending: Vec<HostOffset>,
+    pub(super) pending: ClusterList,
     /// Not referred to in the file either.
-    pub(super) ready: Vec<HostOffset>,
+    pub(super) ready: ClusterList,
     /// As `ready`, by batch: those of which the stack has been told, and which it will release.
-    told: HashMap<u64, Vec<HostOffset>>,
+    told: HashMap<u64, ClusterList>,
     next_batch: u64,
+}
+
+/// Numbers of host clusters in the order in which they came, one for each reference that is gone. Neighbours take no more memory than one.
+#[derive(Debug, Default)]
+pub(super) struct ClusterList(Vec<Range<u64>>);
+
+impl ClusterList {
+    pub(super) fn push(&mut self, clusters: Range<u64>) {
+        match self.0.last_mut() {
+            _ if clusters.is_empty() => {}
+            Some(last) if last.end == clusters.start => last.end = clusters.end,
+            _ => self.0.push(clusters),
+        }
+    }
+
+    pub(super) fn append(&mut self, other: Self) {
+        if self.0.is_empty() {
+            *self = other;
+        } else {
+            other.0.into_iter().for_each(|clusters| self.push(clusters));
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Takes `limit` of them, or all if there are no more, from the end.
+    fn take(&mut self, limit: usize) -> Vec<u64> {
+        let mut taken = Vec::new();
+        while taken.len() < limit
+            && let Some(last) = self.0.last_mut()
+        {
+            let start = last.end.saturating_sub((limit - taken.len()) as u64).max(last.start);
+            taken.extend(start..last.end);
+            last.end = start;
+            if last.is_empty() {
+                self.0.pop();
+            }
+        }
+        taken
+    }
 }
 
 impl UnmappedLists {
@@ -38,9 +84,10 @@ impl UnmappedLists {
     }
 
     /// Everything that is not referred to any more.
-    pub(super) fn take_all_unmapped(&mut self) -> Vec<HostOffset> {
-        let told = self.told.drain().flat_map(|(_, clusters)| clusters);
-        told.chain(self.ready.drain(..)).collect()
+    pub(super) fn take_all_unmapped(&mut self) -> ClusterList {
+        let mut all = std::mem::take(&mut self.ready);
+        self.told.drain().for_each(|(_, clusters)| all.append(clusters));
+        all
     }
 }
 
@@ -98,11 +145,21 @@ impl<E: Environment> Qcow2<E> {
     pub(crate) async fn release(&self, unmapped: Unmapped) -> Result<(), LayerError> {
         let Some(batch) = unmapped.batch else { return Ok(()) };
         let inner = &self.inner;
-        inner.admit_flush()?;
-        let turn = inner.refcount_turn.take().await;
-        // Only in the turn: freezing takes the batches in its own, and afterwards the file must not change.
-        let clusters = inner.unmapped().told.remove(&batch);
-        inner.lower(clusters.unwrap_or_default(), &turn).await
+        loop {
+            inner.admit_flush()?;
+            let turn = inner.refcount_turn.take().await;
+            // Only in the turn: freezing takes the batches in its own, and afterwards the file must not change.
+            let Some(mut clusters) = inner.unmapped().told.remove(&batch) else { return Ok(()) };
+            let some = clusters.take(LOWERED_AT_ONCE);
+            let lowered = inner.lower(some, &turn).await;
+            if lowered.is_err() || clusters.is_empty() {
+                inner.unmapped().ready.append(clusters);
+                return lowered;
+            }
+            inner.unmapped().told.insert(batch, clusters);
+            drop(turn);
+            next_turn().await;
+        }
     }
 }
 
@@ -201,21 +258,32 @@ impl<E: Environment> Inner<E> {
         geometry.subcluster_mask(GuestRange::between(range.start, end))
     }
 
+    /// As [`lower`](Self::lower), for any number of clusters.
+    pub(super) async fn lower_all(&self, mut clusters: ClusterList, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
+        while !clusters.is_empty() {
+            if let Err(error) = self.lower(clusters.take(LOWERED_AT_ONCE), turn).await {
+                self.unmapped().ready.append(clusters);
+                return Err(error);
+            }
+            next_turn().await;
+        }
+        Ok(())
+    }
+
     /// Lowers the refcount of clusters that nothing refers to and nobody writes to. Those that reach zero are punched out of the file and may
     /// be used again. After an error the rest waits for the next call.
-    pub(super) async fn lower(&self, mut clusters: Vec<HostOffset>, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
+    async fn lower(&self, mut clusters: Vec<u64>, turn: &TurnGuard<'_>) -> Result<(), LayerError> {
         let geometry = self.format.geometry;
         clusters.sort_unstable();
         let mut freed: Vec<Range<u64>> = Vec::new();
         let mut result = Ok(());
         let mut done = 0;
-        for &at in &clusters {
-            let cluster = geometry.host_cluster(at);
-            match self.lower_one(cluster, turn).await {
+        for &cluster in &clusters {
+            match self.lower_one(HostCluster(cluster), turn).await {
                 Ok(false) => {}
                 Ok(true) => match freed.last_mut() {
-                    Some(run) if run.end == cluster.0 => run.end += 1,
-                    _ => freed.push(cluster.0..cluster.0 + 1),
+                    Some(run) if run.end == cluster => run.end += 1,
+                    _ => freed.push(cluster..cluster + 1),
                 },
                 Err(error) => {
                     result = Err(error);
@@ -224,7 +292,9 @@ impl<E: Environment> Inner<E> {
             }
             done += 1;
         }
-        self.unmapped().ready.extend_from_slice(&clusters[done..]);
+        for &cluster in &clusters[done..] {
+            self.unmapped().ready.push(cluster..cluster + 1);
+        }
         for run in freed {
             let at = geometry.host_offset(HostCluster(run.start));
             // Space that cannot be given back is still free for us; nothing depends on the punch.
@@ -280,6 +350,50 @@ fn unmapped(old: Entry, mask: u32, all: u32, become_what: Become, busy: bool) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qcow2::testing::{MemoryFile, MemoryOnly, run};
+    use crate::qcow2::{CreateOptions, OpenOptions, Preallocate};
+    use crate::units::HostOffset;
+
+    #[test]
+    fn lists_of_clusters_are_taken_in_parts() {
+        let mut list = ClusterList::default();
+        for clusters in [3..5, 5..9, 8..9, 20..20, 8..9, 1..2] {
+            list.push(clusters);
+        }
+        assert_eq!(list.0, [3..9, 8..9, 8..9, 1..2]);
+        let mut other = ClusterList::default();
+        other.append(list);
+        assert_eq!([2, 3, 9, 1].map(|limit| other.take(limit)), [vec![1, 8], vec![8, 7, 8], vec![3, 4, 5, 6], vec![]]);
+        assert!(other.is_empty());
+    }
+
+    /// Counts how often the thread gets to do other things.
+    #[test]
+    fn releasing_a_large_trim_lets_others_go_on() {
+        let polls = run(async {
+            let file = MemoryFile::default();
+            let options = CreateOptions { cluster_bits: 9, preallocate: Preallocate::Metadata, ..CreateOptions::standalone(16 << 20) };
+            Qcow2::<MemoryOnly>::create(&file, &options).await.expect("created");
+            let image = Qcow2::<MemoryOnly>::open(file, OpenOptions::writing()).await.expect("opens");
+            for cluster in 0..32 << 10 {
+                let cluster = GuestRange::new(GuestOffset::new(cluster * 512), 512);
+                image.reserve(cluster).await.expect("reserved").commit(|| {});
+            }
+            image.discard(GuestRange::new(GuestOffset::ZERO, 16 << 20), false, &|_| {}).await.expect("discarded");
+            image.flush().await.expect("flushed");
+            let mut release = std::pin::pin!(image.release(image.take_unmapped()));
+            let mut polls = 0;
+            std::future::poll_fn(|context| {
+                polls += 1;
+                release.as_mut().poll(context)
+            })
+            .await
+            .expect("released");
+            image.freeze(std::future::ready(())).await.expect("frozen");
+            polls
+        });
+        assert!(polls >= 8, "32,768 clusters without a pause: {polls}");
+    }
 
     const HOST: Option<HostOffset> = Some(HostOffset::new(0x50000));
 

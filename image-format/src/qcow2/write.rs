@@ -233,14 +233,14 @@ impl<E: Environment> Inner<E> {
             self.file.write_bytes(host, &bytes).await.map_err(|error| LayerError::io("write", what, host, error))
         };
         if let Err(error) = copied.await {
-            self.unmapped().ready.push(host);
+            self.unmapped().ready.push(cluster..cluster + 1);
             return Err(error);
         }
         self.metadata_mut().add(cluster..cluster + 1);
         let mut l1 = self.l1_mut();
         l1.set_table(l1_index, host);
         // Under the same lock: a write-back that takes the old place to be freed also takes the new entry.
-        self.unmapped().pending.push(old);
+        self.unmapped().pending.push(geometry.cluster_numbers(old, 1));
         Ok(())
     }
 
@@ -262,7 +262,7 @@ impl<E: Environment> Inner<E> {
             self.fail(LayerError::Corrupt { what: Structure::Data, at, detail: SHARED_WITH_METADATA });
             return;
         }
-        self.unmapped().pending.extend(numbers.map(|number| geometry.host_offset(HostCluster(number))));
+        self.unmapped().pending.push(numbers);
     }
 }
 
@@ -351,7 +351,7 @@ impl<E: Environment> Drop for Allocation<E> {
         drop(clusters);
         if let Some(fresh) = fresh {
             // Something may have been written there, so the place takes the way of all clusters that are not used any more.
-            self.inner.unmapped().ready.push(fresh.host);
+            self.inner.unmapped().ready.push(self.inner.format.geometry.cluster_numbers(fresh.host, 1));
         }
         shard.ended.notify_all();
     }

@@ -21,6 +21,7 @@ use super::geometry::{HostCluster, SliceKey};
 use super::l1::{L1Writes, table_bytes};
 use super::l2::Slice;
 use super::refcount::RefcountWrites;
+use super::unmap::ClusterList;
 
 /// Writes under way at the same time.
 const PARALLEL_WRITES: usize = 32;
@@ -47,7 +48,7 @@ impl Drop for HeldSlices<'_> {
 /// Everything that one round writes, copied at one time.
 struct Batch<'a> {
     /// Free once the round is durable.
-    pending: Vec<HostOffset>,
+    pending: ClusterList,
     slices: Vec<(HostOffset, AlignedBuffer)>,
     held: HeldSlices<'a>,
     l1: L1Writes,
@@ -108,9 +109,9 @@ impl<E: Environment> Inner<E> {
         }
 
         let mut unmapped = self.unmapped();
-        unmapped.ready.extend(pending);
-        let retired = retired.into_iter().chain(old_l1.map(HostCluster));
-        unmapped.ready.extend(retired.map(|cluster| geometry.host_offset(cluster)));
+        unmapped.ready.append(pending);
+        retired.into_iter().for_each(|HostCluster(cluster)| unmapped.ready.push(cluster..cluster + 1));
+        unmapped.ready.push(old_l1);
         Ok(())
     }
 
