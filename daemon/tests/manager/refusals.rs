@@ -58,6 +58,7 @@ fn every_wrong_overlay_is_refused_by_name_and_nothing_changes() {
                 cache: snapfence_image_format::storage::CacheMode::Direct,
                 writable: false,
                 protected: &snapfence_image_format::chain::Unprotected,
+                keeper: None,
             };
             // Its backing file is in use, so the layer is opened alone.
             let file = snapfence_image_format::chain::open_file(&environment, &full, true, options.cache).await.expect("there");

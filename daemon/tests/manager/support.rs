@@ -395,7 +395,7 @@ impl World {
     pub(crate) async fn read_file(&self, path: &str, format: Format, blocks: u64) -> Vec<u8> {
         let allowed = AllowedDirectories::new([PathBuf::from("/")]);
         let options =
-            ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable: false, protected: &Unprotected };
+            ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable: false, protected: &Unprotected, keeper: None };
         let top = Location::Trusted(path.into());
         let layers = chain::open_chain(&self.environment, &top, format, options).await.unwrap_or_else(|error| panic!("{error}"));
         let domain = FenceDomain::new(|| Duration::ZERO);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::layer::Layer;
 use crate::qcow2::{Header, HeaderError, OpenError, OpenOptions, Qcow2};
 use crate::raw::{Raw, RawOpenError};
+use crate::storage::kept::MemoryKeeper;
 use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location, Sharing, Storage};
 
 use super::{AllowedDirectories, Format, MAX_DEPTH, NameError, UnknownFormat};
@@ -25,6 +26,8 @@ pub struct ChainOptions<'a> {
     pub writable: bool,
     /// Files that must not be written to, whatever the locks say, because something depends on them.
     pub protected: &'a dyn Protection,
+    /// Where to keep, while the top is written to, what must not be lost with the process, and where an earlier process has left it.
+    pub keeper: Option<&'a Arc<dyn MemoryKeeper>>,
 }
 
 /// Knows files that must not be opened for writing.
@@ -190,10 +193,24 @@ async fn open_limited<E: Environment>(
         let layer = match format {
             Format::Raw => Layer::Raw(Raw::open(file, writable).map_err(|error| failed(error.into()))?),
             Format::Qcow2 => {
-                let header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
+                let mut header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
+                let mut file = file;
+                if !writable && has_left(&header, options.keeper) {
+                    // It was the top of the stack when its process was killed.
+                    drop(file);
+                    restore(environment, &location, &options).await.map_err(failed)?;
+                    file = open_file(environment, &location, false, options.cache).await.map_err(failed)?;
+                    lock_file(&file, false).map_err(failed)?;
+                    header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
+                }
                 next = backing(&path, &header, options.allowed).map_err(failed)?;
                 let data_file = open_data_file(environment, &path, &header, &options).await.map_err(failed)?;
-                let image = Qcow2::open_with_header(file, header, OpenOptions { writable, data_file, l2_cache_bytes: None }).await;
+                let image = Qcow2::open_with_header(
+                    file,
+                    header,
+                    OpenOptions { writable, data_file, l2_cache_bytes: None, keeper: options.keeper.cloned() },
+                )
+                .await;
                 Layer::Qcow2(image.map_err(|error| failed(error.into()))?)
             }
         };
@@ -201,6 +218,23 @@ async fn open_limited<E: Environment>(
     }
     layers.reverse();
     Ok(layers)
+}
+
+/// Whether a process was killed that has not written everything to the image which it had acknowledged, and has left it in memory.
+fn has_left(header: &Header, keeper: Option<&Arc<dyn MemoryKeeper>>) -> bool {
+    let find = |keeper: &Arc<dyn MemoryKeeper>| keeper.find(header.kept_number());
+    // What cannot be accessed is an error when the image is opened for writing.
+    header.kept_number() != 0 && keeper.is_some_and(|keeper| !matches!(find(keeper), Ok(None)))
+}
+
+/// Writes to an image what its last process had no time for.
+async fn restore<E: Environment>(environment: &E, location: &Location, options: &ChainOptions<'_>) -> Result<(), ChainCause> {
+    let file = open_file(environment, location, true, options.cache).await?;
+    lock_file(&file, true)?;
+    let image = Qcow2::<E>::open(file, OpenOptions { keeper: options.keeper.cloned(), ..OpenOptions::writing() }).await?;
+    let layer = Layer::Qcow2(image);
+    layer.freeze().await.map_err(OpenError::Layer)?;
+    Ok(())
 }
 
 /// The file that `header`, of the image at `path`, names as its backing file, with its format.
@@ -337,7 +371,7 @@ mod tests {
             let allowed = AllowedDirectories::default().with_directory_of(&top);
             let needed = protected.map(Needed);
             let protected: &dyn Protection = needed.as_ref().map_or(&Unprotected, |needed| needed);
-            let options = ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected };
+            let options = ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected, keeper: None };
             open_chain(&used, &Location::Trusted(top.clone()), format, options).await
         })
     }
@@ -439,7 +473,8 @@ mod tests {
         let limited = environment.block_on(async move {
             let allowed = AllowedDirectories::new(["/i".into()]);
             let cache = CacheMode::Direct;
-            let options = ChainOptions { allowed: &allowed, data_files: &[], cache, writable: false, protected: &Unprotected };
+            let options =
+                ChainOptions { allowed: &allowed, data_files: &[], cache, writable: false, protected: &Unprotected, keeper: None };
             open_limited(&used, &Location::Trusted("/i/499".into()), Format::Qcow2, options, 499).await
         });
         assert_eq!(limited.expect_err("one too many").to_string(), "/i/0: lies beneath 499 layers, which is the limit");

@@ -465,6 +465,21 @@ impl Header {
         self.autoclear & autoclear::RAW_DATA_FILE != 0
     }
 
+    /// Whether there are feature bits: in version 3.
+    pub(super) fn has_feature_bits(&self) -> bool {
+        self.version >= 3
+    }
+
+    /// The number of the memory in which a process keeps what the file does not have yet, or 0.
+    pub fn kept_number(&self) -> u32 {
+        // Truncation cuts the upper half out.
+        (self.autoclear >> super::unwritten::KEPT_SHIFT) as u32
+    }
+
+    pub(super) fn forget_kept_number(&mut self) {
+        self.autoclear &= (1 << super::unwritten::KEPT_SHIFT) - 1;
+    }
+
     /// Whether refcounts may be wrong, because a program that updates them late did not end properly.
     pub fn is_dirty(&self) -> bool {
         self.incompatible & incompatible::DIRTY != 0

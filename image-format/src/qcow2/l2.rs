@@ -1,6 +1,7 @@
 //! L2 tables in memory: slices of at most 4 KiB, loaded once however many wait for them, kept while anybody uses them.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -32,11 +33,13 @@ pub(super) struct SliceState {
     words: Box<[u64]>,
     /// Newer than the file, and in the list of dirty slices.
     pub(super) dirty: bool,
+    /// Where its copy is that outlives the process, if it has one. Has one whenever it may be newer than the file.
+    pub(super) kept: Option<u32>,
 }
 
 impl Slice {
     pub(super) fn new(key: SliceKey, words: Vec<u64>) -> Self {
-        Self { key, state: Mutex::new(SliceState { words: words.into(), dirty: false }) }
+        Self { key, state: Mutex::new(SliceState::new(words)) }
     }
 
     /// The entries. Lock order: a busy cluster's shard before this, the lists of dirty slices and of unmapped clusters after it.
@@ -46,6 +49,10 @@ impl Slice {
 }
 
 impl SliceState {
+    pub(super) fn new(words: Vec<u64>) -> Self {
+        Self { words: words.into(), dirty: false, kept: None }
+    }
+
     /// What entry number `index` says.
     ///
     /// # Errors
@@ -58,14 +65,16 @@ impl SliceState {
         }
     }
 
-    /// Replaces an entry. The caller sees to it that the slice is marked dirty under the same lock.
-    pub(super) fn set(&mut self, index: usize, entry: Standard, format: &EntryFormat) {
+    /// Replaces an entry, and returns which words it is. Only by [`change`](Inner::change), which sees to all that follows.
+    pub(super) fn set(&mut self, index: usize, entry: Standard, format: &EntryFormat) -> Range<usize> {
         let (word, bitmap) = format.encode(entry);
         if format.geometry.extended_l2() {
             self.words[2 * index] = word;
             self.words[2 * index + 1] = bitmap;
+            2 * index..2 * index + 2
         } else {
             self.words[index] = word;
+            index..index + 1
         }
     }
 

@@ -92,7 +92,8 @@ impl<E: Environment> Qcow2<E> {
         inner
             .write_back_and(async |inner: &Inner<E>| {
                 inner.trim(end).await?;
-                inner.flush_device().await
+                inner.flush_device().await?;
+                inner.end_keeping().await
             })
             .await?;
         inner.phase.set(Phase::ReadOnly);

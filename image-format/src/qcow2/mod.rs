@@ -21,11 +21,14 @@ mod snapshot;
 mod testing;
 mod turn;
 mod unmap;
+mod unwritten;
 mod write;
 mod writeback;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use arc_swap::ArcSwapOption;
 
 use crate::buffer::AlignedBuffer;
 use crate::error::LayerError;
@@ -54,6 +57,7 @@ use refcount::Refcounts;
 use snapshot::Snapshots;
 use turn::Turn;
 use unmap::UnmappedLists;
+use unwritten::Unwritten;
 
 /// Clean L2 slices that a layer keeps in memory by default. Layers that are only read need few: the stack remembers what they say.
 const READ_CACHE_BYTES: usize = 16 << 10;
@@ -86,6 +90,8 @@ struct Inner<E: Environment> {
     slices: SliceCache,
     /// Slices newer than the file.
     dirty: Mutex<Vec<Arc<Slice>>>,
+    /// Copies of these that outlive the process.
+    unwritten: ArcSwapOption<Unwritten>,
     busy: BusyTable,
     unmapped: Mutex<UnmappedLists>,
     allocator: Mutex<Allocator>,
@@ -120,6 +126,7 @@ impl<E: Environment> Inner<E> {
             l1: RwLock::new(l1),
             slices: SliceCache::new(slice_len, options.l2_cache_bytes.unwrap_or(default_cache)),
             dirty: Mutex::default(),
+            unwritten: ArcSwapOption::empty(),
             busy: BusyTable::default(),
             unmapped: Mutex::default(),
             allocator: Mutex::new(Allocator::new(geometry, no_refcounts, 0, 0, None)),

@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::error::{LayerError, Structure};
+use crate::storage::kept::MemoryKeeper;
 use crate::storage::{Environment, Storage, StorageExt};
 use crate::units::HostOffset;
 
@@ -17,6 +19,7 @@ use super::lifecycle::Phase;
 use super::overlap::MetadataMap;
 use super::refcount::{Refcounts, read_refcount};
 use super::snapshot::{SnapshotError, Snapshots};
+use super::unwritten::Unwritten;
 use super::{Inner, Qcow2};
 
 /// How to open an image.
@@ -29,17 +32,20 @@ pub struct OpenOptions<E: Environment> {
     pub data_file: Option<E::File>,
     /// Bytes of clean L2 slices to keep in memory; `None` for the default.
     pub l2_cache_bytes: Option<usize>,
+    /// Where to keep, while the image is written to, what must not be lost with the process. Without one, a killed process is what a power cut
+    /// is: what no flush covered may be gone.
+    pub keeper: Option<Arc<dyn MemoryKeeper>>,
 }
 
 impl<E: Environment> OpenOptions<E> {
     /// For reading.
     pub fn reading() -> Self {
-        Self { writable: false, data_file: None, l2_cache_bytes: None }
+        Self { writable: false, data_file: None, l2_cache_bytes: None, keeper: None }
     }
 
     /// For reading and writing.
     pub fn writing() -> Self {
-        Self { writable: true, data_file: None, l2_cache_bytes: None }
+        Self { writable: true, data_file: None, l2_cache_bytes: None, keeper: None }
     }
 }
 
@@ -78,6 +84,8 @@ pub enum OpenError {
     RefcountTableEntryOutside { index: u64, at: HostOffset },
     #[error("the {first} and the {second} overlap at {at}")]
     Overlap { first: &'static str, second: &'static str, at: HostOffset },
+    #[error("what a killed process has left of the image in memory ({number:#x}) cannot be used: {detail}")]
+    Left { number: u32, detail: String },
     #[error("the table of internal snapshots: {0}")]
     Snapshots(#[from] SnapshotError),
     #[error(transparent)]
@@ -112,9 +120,10 @@ impl<E: Environment> Qcow2<E> {
         }
         let l1 = read_l1(&file, &header).await?;
         let snapshots = Snapshots::read(&file, &header).await?;
+        let keeper = options.keeper.clone();
         let mut inner = Inner::new(file, header, l1, snapshots, options);
         if inner.phase.get() == Phase::Writing {
-            inner.prepare_writing().await?;
+            inner.prepare_writing(keeper).await?;
         }
         Ok(Self::from_inner(inner))
     }
@@ -154,7 +163,7 @@ const EMPTY_BLOCKS: usize = 16;
 
 impl<E: Environment> Inner<E> {
     /// What only writing needs: the counts, where metadata is, and a header without claims that will not be kept up.
-    async fn prepare_writing(&mut self) -> Result<(), OpenError> {
+    async fn prepare_writing(&mut self, keeper: Option<Arc<dyn MemoryKeeper>>) -> Result<(), OpenError> {
         let geometry = self.format.geometry;
         let header = self.header().clone();
         let read_error = |source| OpenError::Read { what: Structure::File, at: HostOffset::ZERO, source };
@@ -169,15 +178,37 @@ impl<E: Environment> Inner<E> {
         *self.allocator() = Allocator::new(geometry, refcounts, used_end, file_clusters, limit);
         self.data_limit.store(used_end.max(file_clusters), Ordering::Release);
         self.opened_clusters = file_clusters;
-        if header.autoclear != 0 {
-            // Nothing that they promise is kept up here.
-            self.header().autoclear = 0;
-            self.write_back_and(async |inner: &Self| {
+        let keeper = keeper.filter(|_| header.has_feature_bits());
+        if let Some(keeper) = &keeper {
+            self.restore_left(&**keeper, header.kept_number()).await?;
+        }
+        // Nothing that the bits promise is kept up here.
+        let is_changed = std::mem::take(&mut self.header().autoclear) != 0;
+        self.write_back_and(async |inner: &Self| match &keeper {
+            Some(keeper) => inner.begin_keeping(keeper).await,
+            None if is_changed => {
                 inner.write_header().await?;
                 inner.flush_device().await
-            })
-            .await?;
+            }
+            None => Ok(()),
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Puts in place what a killed process has left in memory number `number`, if it is there.
+    async fn restore_left(&self, keeper: &dyn MemoryKeeper, number: u32) -> Result<(), OpenError> {
+        if number == 0 {
+            return Ok(());
         }
+        let unusable = |detail: String| OpenError::Left { number, detail };
+        let Some(memory) = keeper.find(number).map_err(|error| unusable(error.to_string()))? else { return Ok(()) };
+        let left = Unwritten::left(&*memory, self.slices.slice_len() / 8).map_err(|detail| unusable(detail.to_owned()))?;
+        let (l1_entries, slices) = (self.l1().len() as u64, u64::from(self.format.geometry.slices_per_table()));
+        if left.iter().any(|slice| u64::from(slice.key.l1_index) >= l1_entries || u64::from(slice.key.slice) >= slices) {
+            return Err(unusable("it has parts of other tables".to_owned()));
+        }
+        self.restore(left).await?;
         Ok(())
     }
 

@@ -176,9 +176,9 @@ impl Refcounts {
         runs
     }
 
-    /// Makes a block that is missing between others, all zeros but for its own refcount, at one of the clusters that it covers.
+    /// Makes a block that is missing between others, all zeros, at a cluster that it covers itself or whose block is in memory, and counts it.
     pub(super) fn make_block(&mut self, index: u64, at: HostCluster) {
-        debug_assert!(self.block_state(index) == BlockState::Missing && self.geometry.locate_refcount(at).0 == index, "it counts itself");
+        debug_assert!(self.block_state(index) == BlockState::Missing, "blocks are made once");
         self.add_block(index, at);
         self.set(at, 1);
     }

@@ -18,6 +18,7 @@ use super::entry::{Entry, Standard};
 use super::geometry::{GuestCluster, HostCluster};
 use super::l2::Slice;
 use super::turn::TurnGuard;
+use super::unwritten::Ticket;
 use super::{Inner, Qcow2};
 
 /// Clusters whose refcounts are lowered before the thread does something else: counting them takes some hundred microseconds at most.
@@ -209,7 +210,8 @@ impl<E: Environment> Inner<E> {
             let end = (at + 1).align_up(geometry.slice_reach()).min(range.end());
             for piece in GuestRange::between(at, end).split_at_multiples(geometry.cluster_bytes()) {
                 let shard = self.busy.shard(geometry.guest_cluster(piece.start));
-                shard.ended.wait_until(|| self.try_unmap(&slice, piece, become_what, changed).transpose()).await?;
+                let mut ticket = self.ticket().await?;
+                shard.ended.wait_until(|| self.try_unmap(&slice, piece, become_what, changed, &mut ticket).transpose()).await?;
             }
             at = end;
         }
@@ -223,6 +225,7 @@ impl<E: Environment> Inner<E> {
         range: GuestRange,
         become_what: Become,
         changed: &dyn Fn(Extent),
+        ticket: &mut Ticket,
     ) -> Result<Option<()>, LayerError> {
         let geometry = &self.format.geometry;
         let cluster = geometry.guest_cluster(range.start);
@@ -238,8 +241,7 @@ impl<E: Environment> Inner<E> {
         let Some(new) = unmapped(old, mask, geometry.all_subclusters(), become_what, busy.is_some()) else {
             return Ok(Some(()));
         };
-        state.set(index, new, &self.format);
-        self.mark_dirty(slice, &mut state);
+        self.change(slice, &mut state, index, new, ticket);
         drop(state);
         // The shard is still locked: nobody can map these bytes anew before this change is known.
         changed(Extent { range, mapping: become_what.mapping() });

@@ -12,6 +12,7 @@ use super::entry::{Entry, Standard};
 use super::geometry::{GuestCluster, HostCluster, SliceKey};
 use super::l1::Table;
 use super::l2::{Slice, SliceState};
+use super::unwritten::Ticket;
 use super::{Inner, Qcow2, SHARED_WITH_METADATA};
 
 /// Bytes of dirty slices at which a writer first waits for a write-back.
@@ -37,6 +38,7 @@ pub struct Allocation<E: Environment> {
     host: HostOffset,
     reads_zero: bool,
     committed: bool,
+    ticket: Ticket,
 }
 
 /// What looking at a cluster's entry came to.
@@ -69,8 +71,9 @@ impl<E: Environment> Qcow2<E> {
         let (key, index) = geometry.locate(range.start);
         let slice = inner.slice_for_writing(key).await?;
         let shard = inner.busy.shard(cluster);
+        let mut ticket = inner.ticket().await?;
         loop {
-            let attempt = shard.ended.wait_until(|| inner.try_reserve(&slice, index, cluster, range).transpose()).await?;
+            let attempt = shard.ended.wait_until(|| inner.try_reserve(&slice, index, cluster, range, &mut ticket).transpose()).await?;
             match attempt {
                 Attempt::InPlace(host) => return Ok(Reservation::InPlace { host }),
                 Attempt::NeedCluster => inner.fill_up().await?,
@@ -92,6 +95,7 @@ impl<E: Environment> Inner<E> {
         index: usize,
         cluster: GuestCluster,
         range: GuestRange,
+        ticket: &mut Ticket,
     ) -> Result<Option<Attempt<E>>, LayerError> {
         let shard = self.busy.shard(cluster);
         let mut clusters = shard.lock();
@@ -137,6 +141,7 @@ impl<E: Environment> Inner<E> {
             host,
             reads_zero,
             committed: false,
+            ticket: std::mem::take(ticket),
         })))
     }
 
@@ -281,15 +286,14 @@ impl<E: Environment> Allocation<E> {
 
     pub(crate) fn commit(mut self, publish: impl FnOnce()) {
         self.committed = true;
-        let inner = &self.inner;
+        let inner = Arc::clone(&self.inner);
         let shard = inner.busy.shard(self.cluster);
         let mut clusters = shard.lock();
         let mut state = self.slice.lock();
         match state.entry(self.index, &inner.format) {
             Ok(old) => {
                 let new = self.mapped(old);
-                state.set(self.index, new, &inner.format);
-                inner.mark_dirty(&self.slice, &mut state);
+                inner.change(&self.slice, &mut state, self.index, new, &mut self.ticket);
                 drop(state);
                 // The shard is still locked: nobody can change the mapping of these bytes again before this change is known.
                 publish();

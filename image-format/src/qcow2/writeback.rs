@@ -34,8 +34,8 @@ struct HeldSlices<'a> {
 }
 
 impl HeldSlices<'_> {
-    fn written(mut self) {
-        self.slices.clear();
+    fn written(mut self) -> Vec<Arc<Slice>> {
+        std::mem::take(&mut self.slices)
     }
 }
 
@@ -98,7 +98,7 @@ impl<E: Environment> Inner<E> {
         self.write_all(slices, Structure::L2Table).await?;
         self.write_all(sectors, Structure::L1Table).await?;
         self.flush_device().await?;
-        held.written();
+        self.release_kept(&held.written());
         let geometry = &self.format.geometry;
         let mut old_l1 = 0..0;
         if let Some(moved) = moved {

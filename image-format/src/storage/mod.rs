@@ -7,6 +7,7 @@
 //! Futures are polled on the thread that made them and need not be `Send`; the objects themselves are shared between threads.
 
 mod chance;
+pub mod kept;
 mod memory;
 mod names;
 mod sharing;

@@ -74,7 +74,8 @@ pub(crate) fn endure(environment: &MemoryEnvironment, path: &str) -> Outcome {
 
 async fn open(environment: &MemoryEnvironment, place: &Location, writable: bool) -> Result<Arc<MemoryStack>, String> {
     let allowed = AllowedDirectories::default().with_directory_of(&place.path());
-    let options = ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected };
+    let options =
+        ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
     let layers = open_chain(environment, place, Format::Qcow2, options).await.map_err(|error| error.to_string())?;
     let layers: Vec<Arc<Layer<_>>> = layers.into_iter().map(|open| open.layer).collect();
     Ok(Stack::new(environment.clone(), &FenceDomain::new(|| Duration::ZERO), layers, !writable))

@@ -41,8 +41,14 @@ impl Opening {
         let allowed = AllowedDirectories::default().with_directory_of(&self.top);
         let mut tries = 0;
         let layers = loop {
-            let options =
-                ChainOptions { allowed: &allowed, data_files: &self.data_files, cache: self.cache, writable, protected: &Unprotected };
+            let options = ChainOptions {
+                allowed: &allowed,
+                data_files: &self.data_files,
+                cache: self.cache,
+                writable,
+                protected: &Unprotected,
+                keeper: None,
+            };
             match open_chain(&UringEnvironment, &Location::Trusted(self.top.clone()), self.format, options).await {
                 Ok(layers) => break layers,
                 Err(error) if matches!(error.cause, ChainCause::InUse { .. }) && tries < LOCK_TRIES => {

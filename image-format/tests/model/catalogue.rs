@@ -118,7 +118,8 @@ pub(crate) async fn open_layers(
     writable: bool,
 ) -> Result<Vec<ChainLayer<SimulatedEnvironment>>, String> {
     let allowed = AllowedDirectories::default().with_directory_of(&PathBuf::from(&top.path));
-    let options = ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected };
+    let options =
+        ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
     let top = (Location::Trusted(top.path.clone().into()), top.format);
     open_chain(environment, &top.0, top.1, options).await.map_err(|error| format!("cannot open: {error}"))
 }

@@ -82,6 +82,17 @@ impl Request {
         sectors.flat_map(|sector| (self.mark ^ sector.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes().repeat(64)).collect()
     }
 
+    /// Whether `bytes`, at `range` within its own, may be what it has left there.
+    pub(crate) fn leaves(&self, range: GuestRange, bytes: &[u8]) -> bool {
+        match self.kind {
+            Kind::Write => {
+                let at = (range.start - self.range.start) as usize;
+                self.data()[at..].starts_with(bytes)
+            }
+            Kind::Zero { .. } | Kind::Discard => bytes.iter().all(|&byte| byte == 0),
+        }
+    }
+
     /// Carries it out.
     pub(crate) async fn send<E: Environment>(&self, stack: &Stack<E>) {
         self.try_send(stack).await.unwrap_or_else(|error| panic!("{self:?}: {error}"));

@@ -5,6 +5,7 @@
 //! - `faults`: a medium that fails or is full.
 //! - `grow`: disks that become larger.
 //! - `crash`: the power goes off in the middle of making, repairing, growing, freezing.
+//! - `killed`: the process is killed, and the guest goes on.
 //! - `open`: what opening for writing repairs, forgets, keeps and refuses.
 //! - `shared`: clusters that internal snapshots share, and compressed ones.
 
@@ -12,6 +13,7 @@ mod crash;
 mod disk;
 mod faults;
 mod grow;
+mod killed;
 mod open;
 mod random;
 mod shared;

@@ -63,7 +63,7 @@ pub(super) fn run(session: &Session, image: Named) -> Result<()> {
     let json = session.json;
     block_on(async move {
         let options =
-            ChainOptions { allowed: &image.allowed, data_files: &[], cache: CacheMode::Buffered, writable: false, protected: &Unprotected };
+            ChainOptions { allowed: &image.allowed, data_files: &[], cache: CacheMode::Buffered, writable: false, protected: &Unprotected, keeper: None };
         let mut sources = Vec::new();
         for open in open_chain(&UringEnvironment, &image.location(), image.format, options).await? {
             let holes = match open.format {

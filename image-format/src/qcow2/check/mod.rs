@@ -132,8 +132,11 @@ pub async fn check<S: Storage>(file: &S, options: &CheckOptions) -> Result<Check
         return Ok(report);
     }
     let leaks_fixed = report.leaks;
+    let mut unkept = header.clone();
+    repair::clear_kept(file, &mut unkept).await?;
     repair::correct_refcounts(&walk, repair::Direction::Down).await?;
     drop(walk);
+    header = unkept;
     let (mut report, _) = check_once(file, &header, options).await?;
     if report.is_clean() && header.is_dirty() {
         repair::clear_dirty(file, &mut header).await?;

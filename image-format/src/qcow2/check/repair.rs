@@ -87,6 +87,16 @@ async fn mark_single<S: Storage>(walk: &Walk<'_, S>) -> Result<(), CheckError> {
     Ok(())
 }
 
+/// Gives up what a killed process has left in memory for the image: it belongs to the image as it was.
+pub(super) async fn clear_kept<S: Storage>(file: &S, header: &mut Header) -> Result<(), CheckError> {
+    if header.kept_number() == 0 {
+        return Ok(());
+    }
+    header.forget_kept_number();
+    write(file, HostOffset::ZERO, &header.patched_sector(), Structure::Header).await?;
+    flush(file).await
+}
+
 /// Clears the bit that says that refcounts may be out of date.
 pub(super) async fn clear_dirty<S: Storage>(file: &S, header: &mut Header) -> Result<(), CheckError> {
     header.incompatible &= !incompatible::DIRTY;

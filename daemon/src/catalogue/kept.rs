@@ -1,0 +1,159 @@
+//! Memory that outlives the daemon, as files that are mapped: what a killed process has written there is in the page cache, and the next one maps
+//! the same pages.
+//!
+//! The files lie in a directory that is named after the present boot of the machine. Those of other boots mean nothing and are removed.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use rustix::fs::FallocateFlags;
+use rustix::rand::GetRandomFlags;
+use snapfence_image_format::storage::FileIdentity;
+use snapfence_image_format::storage::kept::{KeptMemory, MemoryKeeper};
+use vm_memory::{FileOffset, MmapRegion};
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Keeps memory in a directory.
+#[derive(Debug)]
+pub struct FileKeeper {
+    directory: PathBuf,
+}
+
+/// One file.
+#[derive(Debug)]
+struct Mapped {
+    region: MmapRegion,
+    words: usize,
+}
+
+impl KeptMemory for Mapped {
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is page-aligned, has so many words (`FileKeeper::map`), and lives as long as `self`. This process, the only one that
+        // uses the file, accesses it through this slice of atomics only.
+        unsafe { std::slice::from_raw_parts(self.region.as_ptr().cast::<AtomicU64>(), self.words) }
+    }
+}
+
+impl FileKeeper {
+    /// Keeps memory beneath `directory`, which is ours alone; removes there what is from before the machine was started.
+    ///
+    /// # Errors
+    /// If the directory cannot be used.
+    pub fn new(directory: &Path) -> io::Result<Self> {
+        let boot = std::fs::read_to_string(BOOT_ID)?;
+        let present = directory.join(boot.trim());
+        DirBuilder::new().recursive(true).mode(0o700).create(&present)?;
+        for entry in std::fs::read_dir(directory)? {
+            let path = entry?.path();
+            if path != present {
+                std::fs::remove_dir_all(path)?;
+            }
+        }
+        Ok(Self { directory: present })
+    }
+
+    fn name(owner: FileIdentity, number: u32) -> String {
+        format!("{number:08x}.{:x}.{:x}", owner.device, owner.inode)
+    }
+
+    /// Files whose name `is_it` likes.
+    fn files(&self, is_it: impl Fn(&str) -> bool) -> io::Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            if entry.file_name().to_str().is_some_and(&is_it) {
+                found.push(entry.path());
+            }
+        }
+        Ok(found)
+    }
+
+    fn map(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
+        let region = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(io::Error::other)?;
+        Ok(Arc::new(Mapped { region, words: bytes / size_of::<u64>() }))
+    }
+}
+
+impl MemoryKeeper for FileKeeper {
+    fn create(&self, owner: FileIdentity, words: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
+        loop {
+            let mut random = [0; 4];
+            rustix::rand::getrandom(&mut random, GetRandomFlags::empty())?;
+            let number = u32::from_ne_bytes(random);
+            if number == 0 || self.find(number)?.is_some() {
+                continue;
+            }
+            let path = self.directory.join(Self::name(owner, number));
+            let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+            let bytes = words * size_of::<u64>();
+            // All of it, so that no access finds the file system full.
+            let mapped = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64).map_err(io::Error::from);
+            return match mapped.and_then(|()| Self::map(file, bytes)) {
+                Ok(memory) => Ok((number, memory)),
+                Err(error) => {
+                    // The error says why; an empty file more or less does not matter.
+                    let _ = std::fs::remove_file(path);
+                    Err(error)
+                }
+            };
+        }
+    }
+
+    fn find(&self, number: u32) -> io::Result<Option<Arc<dyn KeptMemory>>> {
+        let prefix = format!("{number:08x}.");
+        let Some(path) = self.files(|name| name.starts_with(&prefix))?.pop() else { return Ok(None) };
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let bytes = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        if bytes == 0 {
+            // Its maker was killed before it could be of use.
+            return Ok(None);
+        }
+        Self::map(file, bytes).map(Some)
+    }
+
+    fn retain(&self, owner: FileIdentity, number: u32) {
+        let (own, kept) = (Self::name(owner, 0), Self::name(owner, number));
+        let suffix = own.trim_start_matches('0');
+        // What cannot be removed is of no harm: no image names it.
+        for path in self.files(|name| name.ends_with(suffix) && (number == 0 || name != kept)).unwrap_or_default() {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+
+    const OWNER: FileIdentity = FileIdentity { device: 0x10, inode: 7 };
+    const OTHER: FileIdentity = FileIdentity { device: 0x10, inode: 0x17 };
+
+    #[test]
+    fn memory_is_found_by_those_who_come_after() {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::create_dir(directory.path().join("another-boot")).expect("a directory");
+        let keeper = FileKeeper::new(directory.path()).expect("a keeper");
+        assert_eq!(std::fs::read_dir(directory.path()).expect("a directory").count(), 1, "only this boot's");
+        let (number, memory) = keeper.create(OWNER, 1000).expect("room");
+        memory.words()[999].store(7, Ordering::Relaxed);
+        let (other, _) = keeper.create(OTHER, 1000).expect("room");
+        drop((keeper, memory));
+        let keeper = FileKeeper::new(directory.path()).expect("a keeper");
+        let found = keeper.find(number).expect("no error").expect("it was kept");
+        assert_eq!((found.words().len(), found.words()[999].load(Ordering::Relaxed)), (1000, 7));
+        let (next, _) = keeper.create(OWNER, 8).expect("room");
+        keeper.retain(OWNER, next);
+        let is_there = |number| keeper.find(number).expect("no error").is_some();
+        assert_eq!([number, next, other].map(is_there), [false, true, true]);
+        keeper.retain(OWNER, 0);
+        assert_eq!([number, next, other].map(is_there), [false, false, true]);
+        found.words()[0].store(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,420 @@
+//! Changes of the mapping that the file does not have yet, where they outlive the process.
+//!
+//! A write that got a new place has changed its L2 entry in memory only; the file gets it with a write-back, in the order that survives a power cut
+//! (docs/crash-order.md). If the process is killed before, the guest goes on, and must find what it has written. So every slice that is newer
+//! than the file has a copy in kept memory, made and changed together with it; opening the image the next time begins with
+//! putting these copies in place (`restore`).
+//!
+//! ```text
+//! kept memory:  kind, words of a slice, number of slots, 5 unused | slot | slot | ...
+//! slot:         in use (1), key, redo: index + 1, two words; 3 unused | the slice's words
+//! ```
+//!
+//! The process may end between any two stores. A slot counts once `in use` is stored after all the rest. An entry of two words is changed by way of
+//! the redo fields, so that it is found whole, old or new.
+//!
+//! Which memory belongs to an image is written in the image: its number is the upper half of the autoclear feature bits, which every program that
+//! does not know them must clear before it writes (qemu's docs/interop/qcow2.rst, "Auto-clear feature bits"). If somebody else has written to
+//! the image since, the copies are not used. Version 2 has no such bits: there, a killed process is to the guest what a power cut is.
+//!
+//! Who changes an entry holds a [`Ticket`], got before anything else is locked, so that there is a slot when it is needed.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{LayerError, Structure};
+use crate::runtime::WaitQueue;
+use crate::storage::Environment;
+use crate::storage::kept::{KeptMemory, MemoryKeeper};
+use crate::storage::{FileIdentity, Storage};
+use crate::units::HostOffset;
+
+use super::Inner;
+use super::entry::{Entry, Standard};
+use super::geometry::{HostCluster, SliceKey};
+use super::l2::{Slice, SliceState};
+use super::refcount::BlockState;
+
+/// What the first word says.
+const KIND: u64 = u64::from_be_bytes(*b"qcow2 l2");
+const HEADER_WORDS: usize = 8;
+const SLOT_HEADER_WORDS: usize = 8;
+const IN_USE: usize = 0;
+const KEY: usize = 1;
+const REDO: usize = 2;
+const REDO_WORDS: usize = 3;
+/// Where the number of the memory is among the autoclear feature bits.
+pub(super) const KEPT_SHIFT: u32 = 32;
+/// Bytes of slices for which there is room.
+const CAPACITY_BYTES: usize = 8 << 20;
+
+/// The copies of one image that is written to.
+#[derive(Debug)]
+pub(super) struct Unwritten {
+    keeper: Arc<dyn MemoryKeeper>,
+    owner: FileIdentity,
+    number: u32,
+    memory: Arc<dyn KeptMemory>,
+    slice_words: usize,
+    capacity: usize,
+    slots: Mutex<Slots>,
+    available: WaitQueue,
+}
+
+#[derive(Debug)]
+struct Slots {
+    free: Vec<u32>,
+    /// Free slots that somebody has been promised.
+    promised: usize,
+}
+
+/// The right to a slot. Given back when dropped.
+#[derive(Debug, Default)]
+pub(super) struct Ticket(Option<Arc<Unwritten>>);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(unwritten) = self.0.take() {
+            unwritten.slots().promised -= 1;
+            unwritten.available.notify_all();
+        }
+    }
+}
+
+/// One slice as a process has left it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct LeftSlice {
+    pub(super) key: SliceKey,
+    pub(super) words: Vec<u64>,
+}
+
+fn slot_words(slice_words: usize) -> usize {
+    SLOT_HEADER_WORDS + slice_words
+}
+
+impl Unwritten {
+    /// Room for slices of so many words, none in use.
+    pub(super) fn create(keeper: Arc<dyn MemoryKeeper>, owner: FileIdentity, slice_words: usize) -> std::io::Result<Arc<Self>> {
+        let capacity = CAPACITY_BYTES / (slice_words * 8);
+        let (number, memory) = keeper.create(owner, HEADER_WORDS + capacity * slot_words(slice_words))?;
+        let words = memory.words();
+        words[1].store(slice_words as u64, Ordering::Relaxed);
+        words[2].store(capacity as u64, Ordering::Relaxed);
+        words[0].store(KIND, Ordering::Release);
+        let last = u32::try_from(capacity).expect("less than 2^20 slots");
+        // The lowest first: what is used again and again is little.
+        let slots = Mutex::new(Slots { free: (0..last).rev().collect(), promised: 0 });
+        Ok(Arc::new(Self { keeper, owner, number, memory, slice_words, capacity, slots, available: WaitQueue::new() }))
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, slot: u32) -> &[AtomicU64] {
+        let len = slot_words(self.slice_words);
+        &self.memory.words()[HEADER_WORDS + slot as usize * len..][..len]
+    }
+
+    fn try_promise(self: &Arc<Self>) -> Option<Ticket> {
+        let mut slots = self.slots();
+        if slots.promised >= slots.free.len() {
+            return None;
+        }
+        slots.promised += 1;
+        Some(Ticket(Some(Arc::clone(self))))
+    }
+
+    /// Whether a write-back would set slots free.
+    fn is_used(&self) -> bool {
+        self.slots().free.len() < self.capacity
+    }
+
+    /// Copies a whole slice.
+    pub(super) fn put(&self, mut ticket: Ticket, key: SliceKey, words: &[u64]) -> u32 {
+        let slot = {
+            let mut slots = self.slots();
+            if ticket.0.take().is_some() {
+                slots.promised -= 1;
+            }
+            slots.free.pop().expect("every change has a ticket")
+        };
+        let place = self.slot(slot);
+        for (place, &word) in place[SLOT_HEADER_WORDS..].iter().zip(words) {
+            place.store(word, Ordering::Relaxed);
+        }
+        place[KEY].store(u64::from(key.l1_index) << 32 | u64::from(key.slice), Ordering::Relaxed);
+        place[REDO].store(0, Ordering::Relaxed);
+        place[IN_USE].store(1, Ordering::Release);
+        slot
+    }
+
+    /// Changes one entry, of one or two words, from word `at` of the slice on.
+    pub(super) fn change(&self, slot: u32, at: usize, entry: &[u64]) {
+        let place = self.slot(slot);
+        if entry.len() > 1 {
+            for (place, &word) in place[REDO_WORDS..].iter().zip(entry) {
+                place.store(word, Ordering::Relaxed);
+            }
+            place[REDO].store(at as u64 + 1, Ordering::Release);
+        }
+        for (place, &word) in place[SLOT_HEADER_WORDS + at..].iter().zip(entry) {
+            place.store(word, Ordering::Release);
+        }
+        place[REDO].store(0, Ordering::Release);
+    }
+
+    /// The file has the slice.
+    pub(super) fn release(&self, slot: u32) {
+        self.slot(slot)[IN_USE].store(0, Ordering::Release);
+        self.slots().free.push(slot);
+        self.available.notify_all();
+    }
+
+    /// Everything that a process has left in `memory`, if that was made for slices of so many words.
+    ///
+    /// # Errors
+    /// If it was not.
+    pub(super) fn left(memory: &dyn KeptMemory, slice_words: usize) -> Result<Vec<LeftSlice>, &'static str> {
+        let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        let Some((header, slots)) = memory.words().split_at_checked(HEADER_WORDS) else { return Err("it is too short") };
+        if word(&header[0]) == 0 {
+            // Its maker did not get so far as to use it.
+            return Ok(Vec::new());
+        }
+        if word(&header[0]) != KIND || word(&header[1]) != slice_words as u64 {
+            return Err("it was made for something else");
+        }
+        let mut left = Vec::new();
+        for slot in slots.chunks_exact(slot_words(slice_words)).filter(|slot| word(&slot[IN_USE]) == 1) {
+            let key = word(&slot[KEY]);
+            let mut words: Vec<u64> = slot[SLOT_HEADER_WORDS..].iter().map(word).collect();
+            if let Some(at) = word(&slot[REDO]).checked_sub(1) {
+                let entry = usize::try_from(at).ok().and_then(|at| words.get_mut(at..at + 2)).ok_or("an entry is outside its slice")?;
+                entry[0] = word(&slot[REDO_WORDS]);
+                entry[1] = word(&slot[REDO_WORDS + 1]);
+            }
+            // Truncation cuts the two halves out.
+            left.push(LeftSlice { key: SliceKey { l1_index: (key >> 32) as u32, slice: key as u32 }, words });
+        }
+        Ok(left)
+    }
+}
+
+impl<E: Environment> Inner<E> {
+    /// The right to change one entry. Waits for a write-back if there is no room.
+    pub(super) async fn ticket(&self) -> Result<Ticket, LayerError> {
+        let Some(unwritten) = self.unwritten.load_full() else { return Ok(Ticket::default()) };
+        loop {
+            let ticket = unwritten
+                .available
+                .wait_until(|| match unwritten.try_promise() {
+                    Some(ticket) => Some(Some(ticket)),
+                    // Those that are promised to others will be used or given back.
+                    None => unwritten.is_used().then_some(None),
+                })
+                .await;
+            match ticket {
+                Some(ticket) => return Ok(ticket),
+                None => self.write_back().await?,
+            }
+        }
+    }
+
+    /// Replaces an entry of a slice, which is locked as `state`, in memory that the process does not outlive and in memory that outlives it.
+    pub(super) fn change(&self, slice: &Arc<Slice>, state: &mut SliceState, index: usize, entry: Standard, ticket: &mut Ticket) {
+        let words = state.set(index, entry, &self.format);
+        self.mark_dirty(slice, state);
+        let unwritten = self.unwritten.load();
+        let Some(unwritten) = &*unwritten else { return };
+        match state.kept {
+            Some(slot) => unwritten.change(slot, words.start, &state.words()[words]),
+            None => state.kept = Some(unwritten.put(std::mem::take(ticket), slice.key, state.words())),
+        }
+    }
+
+    /// The file has what these slices were when they were copied for it.
+    pub(super) fn release_kept(&self, slices: &[Arc<Slice>]) {
+        let unwritten = self.unwritten.load();
+        let Some(unwritten) = &*unwritten else { return };
+        for slice in slices {
+            let mut state = slice.lock();
+            if !state.dirty
+                && let Some(slot) = state.kept.take()
+            {
+                unwritten.release(slot);
+            }
+        }
+    }
+
+    /// Begins to keep what the file does not have, and writes into the header where it is.
+    pub(super) async fn begin_keeping(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
+        let unwritten = Unwritten::create(Arc::clone(keeper), self.file.identity(), self.slices.slice_len() / 8)
+            .map_err(|error| LayerError::io("keep memory for", Structure::L2Table, HostOffset::ZERO, error))?;
+        self.write_kept_number(unwritten.number).await?;
+        // What was restored, and what a process has left that was killed before it got here.
+        keeper.retain(unwritten.owner, unwritten.number);
+        self.unwritten.store(Some(unwritten));
+        Ok(())
+    }
+
+    /// The file has everything: nothing is kept any more.
+    pub(super) async fn end_keeping(&self) -> Result<(), LayerError> {
+        let Some(unwritten) = self.unwritten.load_full() else { return Ok(()) };
+        self.write_kept_number(0).await?;
+        self.unwritten.store(None);
+        unwritten.keeper.retain(unwritten.owner, 0);
+        Ok(())
+    }
+
+    /// Only in a round, or before anything else is written.
+    async fn write_kept_number(&self, number: u32) -> Result<(), LayerError> {
+        self.header().autoclear = u64::from(number) << KEPT_SHIFT;
+        self.write_header().await?;
+        self.flush_device().await
+    }
+
+    /// Puts slices in place that a process has left, and makes them durable: their clusters are counted first, so that nothing else can get
+    /// them.
+    pub(super) async fn restore(&self, left: Vec<LeftSlice>) -> Result<(), LayerError> {
+        let geometry = self.format.geometry;
+        let entries = geometry.slice_bytes() as usize / 8 / geometry.entry_words();
+        let mut slices = Vec::new();
+        let mut clusters = BTreeSet::new();
+        for LeftSlice { key, words } in left {
+            let state = SliceState::new(words);
+            for index in 0..entries {
+                let entry = state.entry(index, &self.format).map_err(|detail| self.fail(self.corrupt_entry(key, index, detail)))?;
+                if let Entry::Standard(Standard { host: Some(host), .. }) = entry {
+                    clusters.insert(geometry.host_cluster(host).0);
+                }
+            }
+            slices.push((key, state));
+        }
+        self.count_left(clusters).await?;
+        for (key, left) in slices {
+            let slice = self.slice_for_writing(key).await?;
+            let mut gone = Vec::new();
+            {
+                let mut state = slice.lock();
+                for index in 0..entries {
+                    let old = self.writable_entry(key, &state, index)?;
+                    let Ok(Entry::Standard(new)) = left.entry(index, &self.format) else { continue };
+                    if old == Entry::Standard(new) {
+                        continue;
+                    }
+                    self.change(&slice, &mut state, index, new, &mut Ticket::default());
+                    if !matches!(old, Entry::Standard(old) if old.host == new.host) {
+                        gone.push(old);
+                    }
+                }
+            }
+            gone.into_iter().for_each(|entry| self.unmap_entry(entry));
+        }
+        self.write_back().await
+    }
+
+    /// Counts clusters that may not be counted yet, in order.
+    async fn count_left(&self, clusters: BTreeSet<u64>) -> Result<(), LayerError> {
+        let geometry = self.format.geometry;
+        let Some(&last) = clusters.last() else { return Ok(()) };
+        let turn = self.refcount_turn.take().await;
+        {
+            let mut allocator = self.allocator();
+            allocator.end = allocator.end.max(last + 1);
+        }
+        for cluster in clusters.into_iter().map(HostCluster) {
+            let (index, _) = geometry.locate_refcount(cluster);
+            if self.allocator().refcounts.block_state(index) == BlockState::Missing {
+                // The table has room for it afterwards, as it comes before the end.
+                let at = self.append_clusters(1, &turn).await?;
+                let mut allocator = self.allocator();
+                // Appending may have made just this block.
+                if allocator.refcounts.block_state(index) == BlockState::Missing {
+                    allocator.refcounts.make_block(index, at);
+                    drop(allocator);
+                    self.metadata_mut().add(at.0..at.0 + 1);
+                } else {
+                    allocator.add_free(at.0..at.0 + 1);
+                }
+            }
+            self.load_refcounts(index, &turn).await?;
+            let mut allocator = self.allocator();
+            if allocator.refcounts.get(cluster) == Some(0) {
+                allocator.refcounts.set(cluster, 1);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::kept::TestKeeper;
+
+    const WORDS: usize = 8;
+    const OWNER: FileIdentity = FileIdentity { device: 1, inode: 2 };
+
+    fn key(slice: u32) -> SliceKey {
+        SliceKey { l1_index: 3, slice }
+    }
+
+    fn left(unwritten: &Unwritten) -> Vec<LeftSlice> {
+        Unwritten::left(&*unwritten.memory, WORDS).expect("made for it")
+    }
+
+    #[test]
+    fn what_is_put_and_changed_is_found_until_it_is_released() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let unwritten = Unwritten::create(Arc::clone(&keeper), OWNER, WORDS).expect("room");
+        let found = keeper.find(unwritten.number).expect("no error").expect("just made");
+        let (first, second) = (unwritten.try_promise().expect("room"), unwritten.try_promise().expect("room"));
+        let slot = unwritten.put(first, key(1), &[1; WORDS]);
+        let other = unwritten.put(second, key(2), &[2; WORDS]);
+        unwritten.change(slot, 3, &[7]);
+        unwritten.change(other, 6, &[8, 9]);
+        let expected = [
+            LeftSlice { key: key(1), words: vec![1, 1, 1, 7, 1, 1, 1, 1] },
+            LeftSlice { key: key(2), words: vec![2, 2, 2, 2, 2, 2, 8, 9] },
+        ];
+        assert_eq!(Unwritten::left(&*found, WORDS).expect("made for it"), expected);
+        unwritten.release(slot);
+        assert_eq!(left(&unwritten), expected[1..]);
+        assert!(Unwritten::left(&*found, WORDS * 2).is_err());
+        keeper.retain(OWNER, 0);
+        assert!(keeper.find(unwritten.number).expect("no error").is_none());
+    }
+
+    #[test]
+    fn entries_of_two_words_are_found_whole() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let unwritten = Unwritten::create(keeper, OWNER, WORDS).expect("room");
+        let slot = unwritten.put(unwritten.try_promise().expect("room"), key(0), &[1; WORDS]);
+        // Ended between the two stores of an entry.
+        let place = unwritten.slot(slot);
+        place[REDO_WORDS].store(5, Ordering::Relaxed);
+        place[REDO_WORDS + 1].store(6, Ordering::Relaxed);
+        assert_eq!(left(&unwritten)[0].words, [1; WORDS], "not before it is announced");
+        place[REDO].store(2 + 1, Ordering::Relaxed);
+        place[SLOT_HEADER_WORDS + 2].store(5, Ordering::Relaxed);
+        assert_eq!(left(&unwritten)[0].words, [1, 1, 5, 6, 1, 1, 1, 1]);
+        place[REDO].store(WORDS as u64, Ordering::Relaxed);
+        assert!(Unwritten::left(&*unwritten.memory, WORDS).is_err(), "outside");
+    }
+
+    #[test]
+    fn slots_are_promised_once() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let unwritten = Unwritten::create(keeper, OWNER, CAPACITY_BYTES / 8 / 2).expect("room");
+        assert_eq!(unwritten.capacity, 2);
+        let mut tickets: Vec<_> = (0..2).map(|_| unwritten.try_promise().expect("room")).collect();
+        assert!(unwritten.try_promise().is_none() && !unwritten.is_used());
+        drop(tickets.pop());
+        let slot = unwritten.put(unwritten.try_promise().expect("one was given back"), key(0), &[]);
+        assert!(unwritten.is_used() && unwritten.try_promise().is_none());
+        unwritten.release(slot);
+        assert!(unwritten.try_promise().is_some());
+    }
+}
