@@ -233,8 +233,14 @@ fn take_snapshots(mut client: Client, clock: &AtomicU64) -> Vec<Taken> {
 fn read_snapshots(top: PathBuf) -> Vec<Vec<Option<usize>>> {
     block_on(async move {
         let allowed = AllowedDirectories::new([top.parent().expect("a directory").to_owned()]);
-        let options =
-            ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Buffered, writable: false, protected: &Unprotected, keeper: None };
+        let options = ChainOptions {
+            allowed: &allowed,
+            data_files: &[],
+            cache: CacheMode::Buffered,
+            writable: false,
+            protected: &Unprotected,
+            keeper: None,
+        };
         let layers = open_chain(&UringEnvironment, &Location::Trusted(top), Format::Qcow2, options).await.expect("a chain");
         let layers: Vec<_> = layers.into_iter().map(|layer| layer.layer).collect();
         assert_eq!(layers.len(), SNAPSHOTS + 1);

@@ -4,6 +4,7 @@
 //! The files lie in a directory that is named after the present boot of the machine. Those of other boots mean nothing and are removed.
 
 use std::fs::{DirBuilder, File, OpenOptions};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -11,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use rustix::fs::FallocateFlags;
-use rustix::rand::GetRandomFlags;
 use snapfence_image_format::storage::FileIdentity;
 use snapfence_image_format::storage::kept::{KeptMemory, MemoryKeeper};
 use vm_memory::{FileOffset, MmapRegion};
@@ -82,9 +82,8 @@ impl FileKeeper {
 impl MemoryKeeper for FileKeeper {
     fn create(&self, owner: FileIdentity, words: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
         loop {
-            let mut random = [0; 4];
-            rustix::rand::getrandom(&mut random, GetRandomFlags::empty())?;
-            let number = u32::from_ne_bytes(random);
+            // The hash of nothing, with random keys: truncation leaves 32 random bits.
+            let number = RandomState::new().build_hasher().finish() as u32;
             if number == 0 || self.find(number)?.is_some() {
                 continue;
             }

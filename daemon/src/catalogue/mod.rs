@@ -3,6 +3,7 @@
 //! The database blocks, so it has a thread of its own ([`Catalogue::start`]); tasks hand it closures and wait for the answer. In simulation
 //! the same closures run in place ([`Catalogue::in_place`]), which keeps runs repeatable.
 
+mod kept;
 mod records;
 mod state_dir;
 mod store;
@@ -14,6 +15,7 @@ use std::thread::JoinHandle;
 
 use snapfence_image_format::runtime::WaitQueue;
 
+pub use kept::FileKeeper;
 pub use records::{DeviceRecord, DeviceTimes, LayerRecord, SnapshotDevice, SnapshotRecord, SnapshotState, microseconds};
 pub use state_dir::StateDir;
 pub use store::{CatalogueError, SCHEMA, Store, layers_beneath};
@@ -30,12 +32,18 @@ enum Mode {
 type Operation = Box<dyn FnOnce(&mut Store) + Send>;
 
 impl Catalogue {
-    /// Locks the state directory, opens the database in it, and starts its thread.
+    /// Locks the state directory, opens the database in it, and starts its thread. Memory that outlives the daemon is kept there as well.
     ///
     /// # Errors
     /// If the directory is in use or cannot be used, or the database makes no sense.
-    pub fn start(directory: &Path) -> Result<Self, CatalogueError> {
+    pub fn start(directory: &Path) -> Result<(Self, FileKeeper), CatalogueError> {
         let state_dir = StateDir::lock(directory)?;
+        let kept = state_dir.kept_memory();
+        let keeper = FileKeeper::new(&kept).map_err(|source| CatalogueError::StateDirectory {
+            action: "keep memory in",
+            path: kept.clone(),
+            source,
+        })?;
         let mut store = Store::open(&state_dir.database())?;
         let (operations, received) = mpsc::channel::<Operation>();
         let run = move || {
@@ -49,7 +57,8 @@ impl Catalogue {
             .name("catalogue".to_owned())
             .spawn(run)
             .map_err(|source| CatalogueError::StateDirectory { action: "start a thread for", path: directory.to_owned(), source })?;
-        Ok(Self(Arc::new(Mode::Thread { operations: Mutex::new(Some(operations)), thread: Mutex::new(Some(thread)) })))
+        let mode = Mode::Thread { operations: Mutex::new(Some(operations)), thread: Mutex::new(Some(thread)) };
+        Ok((Self(Arc::new(mode)), keeper))
     }
 
     /// A catalogue whose operations run on the caller's thread.
@@ -155,7 +164,7 @@ mod tests {
     #[test]
     fn operations_run_in_order_and_answer() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let catalogue = Catalogue::start(directory.path()).expect("a new directory");
+        let (catalogue, _) = Catalogue::start(directory.path()).expect("a new directory");
         let device = DeviceRecord { name: "vda".into(), layers: vec![store::tests::layer("/a")] };
         let expected = device.clone();
         let used = catalogue.clone();
@@ -172,17 +181,17 @@ mod tests {
     fn a_state_directory_has_one_daemon_at_a_time() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("made").join("here");
-        let first = Catalogue::start(&path).expect("a new directory");
+        let (first, _) = Catalogue::start(&path).expect("a new directory");
         let refused = Catalogue::start(&path).expect_err("in use").to_string();
         assert!(refused.contains("in use by another snapfenced"), "{refused}");
         first.close();
-        Catalogue::start(&path).expect("free again").close();
+        Catalogue::start(&path).expect("free again").0.close();
     }
 
     #[test]
     fn an_operation_that_panics_answers_all_who_wait() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let catalogue = Catalogue::start(directory.path()).expect("a new directory");
+        let (catalogue, _) = Catalogue::start(directory.path()).expect("a new directory");
         let used = catalogue.clone();
         let answers = block_on(async move {
             let broken = used.run(|_| -> Result<(), CatalogueError> { panic!("a defect, on purpose") }).await;

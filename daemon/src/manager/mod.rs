@@ -23,6 +23,7 @@ use std::sync::Arc;
 use snapfence::protocol::BlockdevAdd;
 use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::FenceDomain;
+use snapfence_image_format::storage::kept::MemoryKeeper;
 use snapfence_image_format::storage::{Environment, FileIdentity};
 
 use crate::catalogue::Catalogue;
@@ -42,6 +43,7 @@ pub struct Manager<E: Environment, H: Host<E>> {
     pub(crate) environment: E,
     pub(crate) host: H,
     pub(crate) catalogue: Catalogue,
+    pub(crate) keeper: Arc<dyn MemoryKeeper>,
     pub(crate) domain: Arc<FenceDomain>,
     pub(crate) events: EventSink,
     pub(crate) jobs: Jobs,
@@ -81,6 +83,8 @@ pub struct Parts<E, H> {
     pub host: H,
     /// What outlives the daemon.
     pub catalogue: Catalogue,
+    /// Where images keep what must not be lost with the daemon.
+    pub keeper: Arc<dyn MemoryKeeper>,
     /// Where relative paths start.
     pub working_directory: PathBuf,
     /// Where named files may be.
@@ -96,6 +100,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             environment: parts.environment,
             host: parts.host,
             catalogue: parts.catalogue,
+            keeper: parts.keeper,
             jobs: Jobs::new(Arc::clone(&events)),
             events,
             lines: Rc::default(),

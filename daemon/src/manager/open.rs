@@ -313,7 +313,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             cache: options.cache,
             writable: !options.read_only,
             protected: &protected,
-            keeper: None,
+            keeper: Some(&self.keeper),
         };
         let layers = chain::open_chain(&self.environment, &location, top.format, chain_options)
             .await

@@ -48,7 +48,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let places = Places::new(options.allowed_directories.iter().map(|path| real_directory(path)).collect::<anyhow::Result<Vec<_>>>()?);
     let data_files = options.data_files.iter().map(|path| real_file(path)).collect::<anyhow::Result<Vec<_>>>()?;
     let places = places.with_data_files(data_files);
-    let catalogue = Catalogue::start(&options.state_dir)?;
+    let (catalogue, keeper) = Catalogue::start(&options.state_dir)?;
     let reactor = Reactor::new(RING_ENTRIES).context("no io_uring for the control thread")?;
     tracing::info!(event = "io_uring", tier = %reactor.tier(), "what this kernel offers");
     let events = Events::new();
@@ -56,8 +56,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let sink: EventSink = Arc::new(move |event| emitted.emit(event));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let quit = Arc::clone(&stop);
-    let parts =
-        Parts { environment: UringEnvironment, host: VhostHost::new(threads), catalogue: catalogue.clone(), working_directory, places };
+    let parts = Parts {
+        environment: UringEnvironment,
+        host: VhostHost::new(threads),
+        catalogue: catalogue.clone(),
+        keeper: Arc::new(keeper),
+        working_directory,
+        places,
+    };
     let served = reactor.block_on(async move {
         let manager = Manager::new(parts, sink, move || quit.ask("the control socket"));
         let outcome = match start(&manager, options, events).await {

@@ -8,6 +8,7 @@ use snapfence_image_format::error::LayerError;
 use snapfence_image_format::extent::{ExtentList, Mapping};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateError, CreateOptions, Header, HeaderError, OpenError, OpenOptions, Qcow2};
+use snapfence_image_format::storage::kept::MemoryKeeper;
 use snapfence_image_format::storage::{Access, CacheMode, Environment, FileIdentity, Location, Storage};
 use snapfence_image_format::units::{GuestOffset, GuestRange};
 
@@ -37,6 +38,8 @@ pub(crate) struct Others<'a> {
     pub(crate) serving: &'a dyn Fn(FileIdentity) -> Option<String>,
     /// What depends on the file as it is.
     pub(crate) protected: &'a dyn Protection,
+    /// Where the overlay keeps what must not be lost with the daemon.
+    pub(crate) keeper: &'a Arc<dyn MemoryKeeper>,
 }
 
 /// An overlay that only needs to be published.
@@ -287,7 +290,8 @@ async fn adopt<E: Environment>(
     chain::lock_file(&file, true)?;
     let header = Header::read(&file).await?;
     covers(environment, below, path, &header).await?;
-    let image = Layer::Qcow2(Qcow2::open_with_header(file, header, OpenOptions::writing()).await?);
+    let options = OpenOptions { keeper: Some(Arc::clone(others.keeper)), ..OpenOptions::writing() };
+    let image = Layer::Qcow2(Qcow2::open_with_header(file, header, options).await?);
     if let Some(at) = first_data(&image, below.virtual_size).await? {
         return Err(OverlayCause::NotEmpty(at));
     }

@@ -249,7 +249,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             allowed: self.places.around(layers.iter().map(PathBuf::as_path)),
             cache: device.options.cache,
         };
-        let others = Others { serving: &|identity| self.device_with_layer(identity), protected };
+        let others = Others { serving: &|identity| self.device_with_layer(identity), protected, keeper: &self.keeper };
         match overlay::prepare(&self.environment, &below, &path, &wanted, &others).await {
             Ok(overlay) => Ok(Cut { device, old, overlay }),
             Err(source) => Err(RunError::Overlay { device: device.name().to_owned(), source }),

@@ -86,7 +86,14 @@ impl Host {
         let allowed = AllowedDirectories::new([self.directory.path().to_owned()]);
         let location = Location::Trusted(image.clone());
         let layers = block_on(async move {
-            let options = ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
+            let options = ChainOptions {
+                allowed: &allowed,
+                data_files: &[],
+                cache: CacheMode::Direct,
+                writable,
+                protected: &Unprotected,
+                keeper: None,
+            };
             open_chain(&UringEnvironment, &location, format, options).await.expect("an image that opens")
         });
         let layers = layers.into_iter().map(|layer| layer.layer).collect();

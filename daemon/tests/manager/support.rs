@@ -16,6 +16,7 @@ use snapfence_image_format::chain::{self, AllowedDirectories, ChainOptions, Form
 use snapfence_image_format::qcow2::{CreateOptions, Qcow2};
 use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::{Attachment, FenceDomain, Participant, Stack};
+use snapfence_image_format::storage::kept::TestKeeper;
 use snapfence_image_format::storage::simulated::SimulatedEnvironment;
 use snapfence_image_format::storage::{Access, CacheMode, Environment, Location, Storage};
 use snapfence_image_format::units::{GuestOffset, SECTOR_BYTES};
@@ -189,6 +190,7 @@ impl World {
             environment: environment.clone(),
             host,
             catalogue: Catalogue::in_place(Store::with_backend(catalogue.clone()).expect("a catalogue")),
+            keeper: Arc::<TestKeeper>::default(),
             working_directory: PathBuf::from(FOLDER),
             places: Places::new(allowed.iter().map(PathBuf::from)),
         };
@@ -394,8 +396,14 @@ impl World {
     /// What is in the first blocks of a chain of files that is opened beside the daemon, read-only.
     pub(crate) async fn read_file(&self, path: &str, format: Format, blocks: u64) -> Vec<u8> {
         let allowed = AllowedDirectories::new([PathBuf::from("/")]);
-        let options =
-            ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable: false, protected: &Unprotected, keeper: None };
+        let options = ChainOptions {
+            allowed: &allowed,
+            data_files: &[],
+            cache: CacheMode::Direct,
+            writable: false,
+            protected: &Unprotected,
+            keeper: None,
+        };
         let top = Location::Trusted(path.into());
         let layers = chain::open_chain(&self.environment, &top, format, options).await.unwrap_or_else(|error| panic!("{error}"));
         let domain = FenceDomain::new(|| Duration::ZERO);

@@ -62,8 +62,14 @@ struct Source {
 pub(super) fn run(session: &Session, image: Named) -> Result<()> {
     let json = session.json;
     block_on(async move {
-        let options =
-            ChainOptions { allowed: &image.allowed, data_files: &[], cache: CacheMode::Buffered, writable: false, protected: &Unprotected, keeper: None };
+        let options = ChainOptions {
+            allowed: &image.allowed,
+            data_files: &[],
+            cache: CacheMode::Buffered,
+            writable: false,
+            protected: &Unprotected,
+            keeper: None,
+        };
         let mut sources = Vec::new();
         for open in open_chain(&UringEnvironment, &image.location(), image.format, options).await? {
             let holes = match open.format {

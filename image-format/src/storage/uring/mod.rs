@@ -20,4 +20,4 @@ mod transfer;
 pub use environment::UringEnvironment;
 pub use file::{UringFile, UringTransfer};
 pub use probe::Tier;
-pub use reactor::{Entered, Reactor, Wait, Watch};
+pub use reactor::{Entered, Reactor, Wait, Watch, hold_while_in_flight};

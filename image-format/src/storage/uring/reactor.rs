@@ -4,9 +4,9 @@ use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::event::EventfdFlags;
@@ -34,13 +34,27 @@ pub enum Wait {
     Until(Duration),
 }
 
+/// What every ring holds open.
+static HELD: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Lets every ring that this process makes from now on hold `descriptor` open until its last operation has ended, which can be after the end of the
+/// process: the kernel goes on with what is in flight. Whoever sees the descriptor closed, by a lock on it, knows that nothing of the process
+/// reaches files or memory any more. Only the first call counts.
+pub fn hold_while_in_flight(descriptor: OwnedFd) {
+    let _ = HELD.set(descriptor);
+}
+
 impl Reactor {
     /// A reactor for the calling thread, whose ring takes `entries` submissions at a time. More operations than that may be under way.
     ///
     /// # Errors
     /// With an explanation, if the system forbids io_uring or its kernel is too old.
     pub fn new(entries: u32) -> io::Result<Self> {
-        Self::over(probe::build(entries)?)
+        let capable = probe::build(entries)?;
+        if let Some(descriptor) = HELD.get() {
+            capable.uring.submitter().register_files(&[descriptor.as_raw_fd()])?;
+        }
+        Self::over(capable)
     }
 
     pub(super) fn over(capable: Capable) -> io::Result<Self> {
