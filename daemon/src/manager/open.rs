@@ -221,6 +221,13 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             layers.iter().map(|layer| std::sync::Arc::clone(&layer.layer)).collect(),
             read_only,
         );
+        let (name, settled) = (options.name.clone(), std::sync::Arc::clone(&stack));
+        // Not waited for: the first flush will be, if it comes before.
+        self.environment.spawn(async move {
+            if let Err(error) = settled.settle().await {
+                tracing::error!(event = "base_not_durable", device = %name, cause = %error, "flushes of the device fail until it is opened again");
+            }
+        });
         let export = self.host.start(&options, &stack, &self.domain, &self.events)?;
         let top = layers.len() - 1;
         let mut layers: Vec<_> = layers

@@ -4,6 +4,9 @@
 //! - both disks have switched, or neither has;
 //! - a snapshot that counts holds exactly what had been written at one point in time between its command and its answer.
 //!
+//! Or the daemon is killed at some instant, started again, and the power goes off only then: what the guest found after the start and flushed,
+//! and what a snapshot took of it, must be there, although the kernel's cache was all that held it when the daemon began.
+//!
 //! The guest writes block `n % BLOCKS` of one disk, then of the other, with the value `n`, one after the other: so a state of both disks at one
 //! point in time is known from its highest values alone.
 
@@ -209,6 +212,78 @@ fn every_crash_leaves_disks_and_snapshots_that_make_sense() {
             assert!(words.contains(&expected), "seed {seed}: no crash left {expected:?}: {words:?}");
         }
     }
+}
+
+/// Starts again after the daemon was killed, flushes what is found, takes a snapshot of it, and turns the power off.
+fn go_on(killed: Run, what: &str) {
+    let environment = killed.environment.killed();
+    let catalogue = killed.catalogue.after_kill();
+    let known = killed.known.take();
+    let mut simulation = Simulation::on(environment.clone());
+    let (second, told) = (catalogue.clone(), what.to_owned());
+    let found = simulation.block_on(async move {
+        let world = World::start(environment, second, &[]);
+        world.manager.recover().await.unwrap_or_else(|error| panic!("{told}: {error}"));
+        let mut found = Vec::new();
+        for device in ["vda", "vdb"] {
+            serve(&world, device).await.unwrap_or_else(|error| panic!("{told}: {error}"));
+            let values = world.read(device, BLOCKS).await;
+            let (least, most) = (after_round(known.durable), after_round(known.issued));
+            let possible = values.iter().zip(least.iter().zip(&most)).all(|(value, (least, most))| (least..=most).contains(&value));
+            assert!(possible, "{told}: {device} has {values:?}, not {least:?} to {most:?}");
+            world.flush(device).await;
+            found.push(values);
+        }
+        assert_eq!(world.snapshot("after", &["vda", "vdb"]).await["state"], "frozen", "{told}");
+        found
+    });
+    let environment = simulation.environment().crash();
+    let mut simulation = Simulation::on(environment.clone());
+    let what = what.to_owned();
+    simulation.block_on(async move {
+        let world = World::start(environment, catalogue.after_power_cut(), &[]);
+        world.manager.recover().await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        let info = world.done("snapshot-show", json!({ "name": "after" })).await;
+        assert_eq!(info["state"], "frozen", "{what}");
+        for (at, device) in ["vda", "vdb"].into_iter().enumerate() {
+            serve(&world, device).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(world.read(device, BLOCKS).await, found[at], "{what}: {device} has lost what was flushed after the kill");
+            let layer = info["devices"][at]["frozen_layer"].as_str().expect("a path");
+            assert_eq!(world.read_file(layer, Format::Qcow2, BLOCKS).await, found[at], "{what}: {layer} has changed");
+        }
+    });
+}
+
+#[test]
+fn what_a_killed_daemon_left_in_the_cache_is_made_durable_by_the_next() {
+    let seed = 103;
+    let whole = run(seed, None);
+    let (from, to) = (whole.known.borrow().begun, whole.environment.effects());
+    for step in 0..CRASHES / 2 {
+        let effects = from + (to - from) * step / (CRASHES / 2);
+        go_on(run(seed, Some(effects)), &format!("seed {seed}, killed after {effects} changes"));
+    }
+}
+
+#[test]
+fn a_base_that_cannot_be_made_durable_fails_flushes_and_snapshots() {
+    let mut simulation = Simulation::new(114);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        world.serve_new("vda").await;
+        world.snapshot("s1", &["vda"]).await;
+        let world = world.restart().await;
+        environment.inject(Fault::once(OperationKind::Flush, 0).on("/vm/vda.qcow2"));
+        serve(&world, "vda").await.expect("served");
+        let view = world.manager.device("vda").expect("a device").stack.view();
+        for _ in 0..2 {
+            view.flush().await.expect_err("the base is not durable, and no second flush makes it so");
+        }
+        drop(view);
+        world.done("snapshot-create", json!({ "name": "s2", "devices": [{ "device": "vda" }] })).await;
+        assert_eq!(world.settled("s2").await["state"], "failed");
+    });
 }
 
 #[test]

@@ -121,6 +121,12 @@ impl CatalogueFile {
         Self(Arc::new(Mutex::new(Bytes { now: durable.clone(), durable, broken: false })))
     }
 
+    /// What is there after the daemon was killed: everything, and what was not durable is so no more than before.
+    pub(crate) fn after_kill(&self) -> Self {
+        let (now, durable) = self.change(|bytes| (bytes.now.clone(), bytes.durable.clone()));
+        Self(Arc::new(Mutex::new(Bytes { now, durable, broken: false })))
+    }
+
     /// From here on nothing can be written.
     pub(crate) fn break_down(&self) {
         self.change(|bytes| bytes.broken = true);

@@ -10,6 +10,7 @@ mod grow;
 mod map;
 mod read;
 mod retire;
+mod settle;
 mod write;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,6 +29,7 @@ pub use map::{Piece, Place};
 use fence::Marks;
 use map::{ChainMap, UNIT_BYTES};
 use retire::{Retirement, Retirements};
+use settle::Settling;
 
 /// The number of layers that a stack can have: layers are numbered in 16 bits.
 pub const MAX_LAYERS: usize = 65_535;
@@ -47,6 +49,8 @@ pub struct Stack<E: Environment> {
     retirements: Retirements,
     /// Number of the lowest layer that is not frozen: a flush covers the layers from it up to the top.
     unfrozen_from: AtomicUsize,
+    /// Whether the layers are durable that lay beneath at opening.
+    settling: Settling,
     /// Excludes two changes of the present view from one another.
     publishing: Mutex<()>,
 }
@@ -84,7 +88,7 @@ impl<E: Environment> Stack<E> {
         assert!((1..=MAX_LAYERS).contains(&layers.len()), "a stack has from 1 to {MAX_LAYERS} layers");
         let virtual_size = layers[layers.len() - 1].virtual_size();
         let retirements = Retirements::default();
-        let unfrozen_from = AtomicUsize::new(layers.len() - usize::from(!read_only));
+        let never_written = layers.len() - usize::from(!read_only);
         let map = Arc::new(ChainMap::new(virtual_size, grain(&layers), map_budget));
         Arc::new_cyclic(|stack| {
             let retirement = retirements.add(layers.len() - 1);
@@ -99,7 +103,8 @@ impl<E: Environment> Stack<E> {
                 map_budget,
                 present: ArcSwap::from_pointee(view),
                 retirements,
-                unfrozen_from,
+                unfrozen_from: AtomicUsize::new(never_written),
+                settling: Settling::new(never_written),
                 publishing: Mutex::new(()),
             }
         })
@@ -165,6 +170,7 @@ impl<E: Environment> Stack<E> {
         let layers = Arc::clone(&view.layers);
         // It is waited for until nobody uses it.
         drop(view);
+        self.settle().await?;
         for number in self.unfrozen_from.load(Ordering::Acquire)..=number {
             self.retirements.all_up_to(number).await;
             // Requests of the views above may still be reading where the map pointed before the last changes of this layer.
@@ -179,8 +185,8 @@ impl<E: Environment> Stack<E> {
     /// # Errors
     /// The first, if layers cannot be made durable. The others are brought to rest all the same.
     pub async fn close(&self) -> Result<(), LayerError> {
+        let mut outcome = self.settle().await;
         let view = self.view();
-        let mut outcome = Ok(());
         for number in self.unfrozen_from.load(Ordering::Acquire)..view.layers.len() {
             if number < view.top_number() {
                 self.retirements.all_up_to(number).await;
@@ -265,12 +271,13 @@ impl<E: Environment> View<E> {
         }
     }
 
-    /// Makes every write that completed before durable, in every layer that is not frozen yet, oldest first.
+    /// Makes every write that completed before durable, in every layer that is not frozen yet, oldest first; those of earlier processes included.
     ///
     /// # Errors
     /// If a layer cannot be made durable.
     pub async fn flush(self: &Arc<Self>) -> Result<(), LayerError> {
         let Some(stack) = self.stack() else { return Ok(()) };
+        stack.settle().await?;
         let first = stack.unfrozen_from.load(Ordering::Acquire);
         for layer in self.layers.iter().skip(first) {
             layer.flush().await?;

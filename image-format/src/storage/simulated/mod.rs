@@ -199,6 +199,16 @@ impl SimulatedEnvironment {
         Self::with_disk(crashes.number(), disk, world.now)
     }
 
+    /// The disk as it is found after the program was killed: all that took effect is seen, operations under way have ended, and what no flush
+    /// has covered is as volatile as before. Nobody holds a lock. Nothing of this environment ends any more.
+    #[must_use]
+    pub fn killed(&self) -> Self {
+        let mut world = lock(&self.world);
+        world.stopped = true;
+        let seed = lock(&self.crashes).number();
+        Self::with_disk(seed, world.disk_at_crash(), world.now)
+    }
+
     /// Disks as they may be found if the power went off now: every possible one if they are no more than `limit`, else `limit` of them, among
     /// them the extremes. This environment goes on undisturbed.
     pub fn crash_states(&self, limit: u64) -> impl Iterator<Item = Self> + use<> {

@@ -238,3 +238,28 @@ fn threads_interleave_and_wake_one_another() {
     }
     assert!(orders.len() > 3);
 }
+
+#[test]
+fn a_kill_leaves_everything_to_be_seen_and_nothing_more_durable() {
+    let mut simulation = Simulation::new(7);
+    let environment = simulation.environment().clone();
+    environment.put("/file", &[1; 1024]);
+    let inner = environment.clone();
+    simulation.block_on(async move {
+        let file = inner.open(&trusted("/file"), Access::Write, CacheMode::Direct).await.unwrap();
+        file.write_bytes(HostOffset::ZERO, &[2; 512]).await.unwrap();
+    });
+    let killed = environment.killed();
+    assert_eq!(killed.bytes("/file").unwrap()[..513], [[2; 512].as_slice(), &[1]].concat());
+    let left = |environment: &SimulatedEnvironment| -> std::collections::BTreeSet<u8> {
+        environment.crash_states(8).map(|state| state.bytes("/file").unwrap()[0]).collect()
+    };
+    assert_eq!(left(&killed), [1, 2].into(), "a power cut may still take it");
+    let mut simulation = Simulation::on(killed.clone());
+    let inner = killed.clone();
+    simulation.block_on(async move {
+        // Without leave to write, through another descriptor.
+        inner.open(&trusted("/file"), Access::Read, CacheMode::Direct).await.unwrap().flush().await.unwrap();
+    });
+    assert_eq!(left(&killed), [2].into());
+}

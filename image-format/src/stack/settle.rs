@@ -1,0 +1,103 @@
+//! Making durable what other processes have left beneath.
+//!
+//! A daemon that is killed while it freezes a layer leaves writes in the kernel's cache. Whoever opens the layer next sees them, and a power cut
+//! takes them away. The stack that is opened over it never writes to that layer, so no flush of its own would cover it: acknowledged flushes
+//! would be lost, and snapshots above would be called durable with a base that is not. So the layers that lay beneath at opening, and
+//! all of them if nothing is written, are flushed once before the first flush or freeze of the stack ends. A flush needs no leave to write, and
+//! covers what was written through other descriptors. Requests other than flushes need not wait for it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_util::stream::{self, StreamExt};
+
+use super::Stack;
+use crate::error::{LayerError, Structure};
+use crate::layer::Layer;
+use crate::runtime::WaitQueue;
+use crate::storage::{Environment, Storage};
+use crate::units::HostOffset;
+
+/// Flushes under way at a time: the devices beneath merge them, and a chain of a thousand files takes a few rounds.
+const AT_ONCE: usize = 64;
+
+/// How far the layers beneath are known to be durable.
+#[derive(Debug)]
+pub(super) struct Settling {
+    /// How many layers, from the base on.
+    layers: usize,
+    /// How it ended, once and for all: a flush that failed is never made good by another.
+    outcome: OnceLock<Result<(), LayerError>>,
+    /// Somebody is at it.
+    busy: AtomicBool,
+    changed: WaitQueue,
+}
+
+/// The turn of whoever does the work. If it is given up in the middle, the next one begins anew.
+struct Turn<'a>(&'a Settling);
+
+impl Settling {
+    pub(super) fn new(layers: usize) -> Self {
+        Self { layers, outcome: OnceLock::new(), busy: AtomicBool::new(false), changed: WaitQueue::new() }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.busy.store(false, Ordering::Release);
+        self.0.changed.notify_all();
+    }
+}
+
+impl<E: Environment> Stack<E> {
+    /// Makes the layers durable that lay beneath at opening, unless that has been done. Flushes and freezing do it by themselves; whoever opens
+    /// a stack begins with it at once so that they need not wait.
+    ///
+    /// # Errors
+    /// If one of them cannot be made durable, now and ever after.
+    pub async fn settle(&self) -> Result<(), LayerError> {
+        let settling = &self.settling;
+        let turn = settling
+            .changed
+            .wait_until(|| match settling.outcome.get() {
+                Some(outcome) => Some(Err(outcome.clone())),
+                None => (!settling.busy.swap(true, Ordering::AcqRel)).then(|| Ok(Turn(settling))),
+            })
+            .await;
+        let _turn = match turn {
+            Ok(turn) => turn,
+            Err(outcome) => return outcome,
+        };
+        // The view is let go of: it may have to retire meanwhile.
+        let layers: Vec<_> = self.view().layers()[..settling.layers].to_vec();
+        let began = self.environment.now();
+        let flushes = stream::iter(layers).map(|layer| async move { flush_files(&layer).await }).buffer_unordered(AT_ONCE);
+        let outcome = flushes.fold(Ok(()), async |outcome: Result<(), LayerError>, flushed| outcome.and(flushed)).await;
+        let took_us = self.environment.now().saturating_sub(began).as_micros();
+        tracing::debug!(
+            event = "base_flushed",
+            layers = settling.layers,
+            took_us,
+            failed = outcome.is_err(),
+            "what lay beneath at opening"
+        );
+        settling.outcome.get_or_init(|| outcome).clone()
+    }
+}
+
+/// Makes the files of a layer durable to which nobody writes.
+async fn flush_files<E: Environment>(layer: &Arc<Layer<E>>) -> Result<(), LayerError> {
+    flush_file(layer.file()).await?;
+    if layer.data_file().identity() == layer.file().identity() { Ok(()) } else { flush_file(layer.data_file()).await }
+}
+
+async fn flush_file(file: &impl Storage) -> Result<(), LayerError> {
+    match file.flush().await {
+        // File systems that never write anything know no flush (squashfs, ISO 9660).
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EROFS)) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+        result => result.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error)),
+    }
+}
