@@ -269,15 +269,19 @@ impl Store {
         transaction.commit().map_err(write_error)
     }
 
-    /// Takes back an intent of which nothing has happened.
+    /// Takes back an intent of which nothing has happened, if it is there. Another snapshot of that name stays.
     ///
     /// # Errors
-    /// If the database cannot be written.
-    pub fn drop_intent(&mut self, name: &str) -> Result<(), CatalogueError> {
+    /// If the database cannot be written: it is unknown then whether the intent is there.
+    pub fn drop_intent(&mut self, intent: &SnapshotRecord) -> Result<(), CatalogueError> {
         let transaction = self.database.begin_write().map_err(write_error)?;
         {
             let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
-            table.remove(name).map_err(write_error)?;
+            let name = intent.name.as_str();
+            let found = table.get(name).map_err(write_error)?.map(|value| decode(value.value(), || format!("snapshot `{name}`")));
+            if found.transpose()?.as_ref() == Some(intent) {
+                table.remove(name).map_err(write_error)?;
+            }
         }
         transaction.commit().map_err(write_error)
     }
@@ -513,7 +517,9 @@ pub(crate) mod tests {
         for end in [Frozen, Failed] {
             assert!(matches!(store.conclude("s", &[], end, None), Err(CatalogueError::Transition { .. })));
         }
-        store.drop_intent("s").expect("writable");
+        store.drop_intent(&intent("s", "vda", "/a", "/other")).expect("writable");
+        assert!(store.snapshot("s").expect("readable").is_some(), "another's");
+        store.drop_intent(&intent("s", "vda", "/a", "/b")).expect("writable");
         assert_eq!(store.snapshot("s").expect("readable"), None);
     }
 

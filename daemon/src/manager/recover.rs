@@ -85,10 +85,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 }
             }
         }
-        let name = snapshot.name;
         if adopted.is_empty() {
-            return self.catalogue.run(move |store| store.drop_intent(&name)).await;
+            return self.catalogue.run(move |store| store.drop_intent(&snapshot)).await;
         }
+        let name = snapshot.name;
         let error = Some("the daemon ended before the snapshot was complete".to_owned());
         self.catalogue.run(move |store| store.adopt_overlays(&name, &adopted, SnapshotState::Failed, error)).await.map(|_| ())
     }

@@ -190,13 +190,21 @@ pub(crate) async fn prepare<E: Environment>(
 
 /// Takes back what was prepared.
 pub(crate) async fn discard<E: Environment>(environment: &E, prepared: Prepared<E>) {
-    let Prepared { record, identity, layer, created, location } = prepared;
-    if created {
+    if prepared.created {
+        let Prepared { identity, layer, location, .. } = prepared;
         drop(layer);
         remove(environment, &location, identity).await;
-    } else if let Err(error) = layer.freeze().await {
+    } else {
         // The file is not ours: only what was reserved in it is given back.
-        tracing::warn!(event = "overlay_not_restored", overlay = %record.path.display(), cause = %error, "reserved clusters leak");
+        leave(prepared).await;
+    }
+}
+
+/// Closes what was prepared. The file stays, as empty as it was.
+pub(crate) async fn leave<E: Environment>(prepared: Prepared<E>) {
+    if let Err(error) = prepared.layer.freeze().await {
+        let overlay = prepared.record.path.display();
+        tracing::warn!(event = "overlay_not_restored", overlay = %overlay, cause = %error, "reserved clusters leak");
     }
 }
 

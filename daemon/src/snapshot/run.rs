@@ -167,10 +167,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let record = intent(&asked.name, progress.info().created, &cuts);
         let intended = record.clone();
         if let Err(error) = self.catalogue.run(move |store| store.intend(&intended)).await {
-            self.undo(cuts).await;
-            // The record may be there all the same, and would be waited for at the next start.
-            let name = asked.name.clone();
-            let _ = self.catalogue.run(move |store| store.drop_intent(&name)).await;
+            // The record may be there all the same, and whatever it names is waited for at the next start. So it goes first.
+            match self.catalogue.run(move |store| store.drop_intent(&record)).await {
+                Ok(()) => self.undo(cuts).await,
+                Err(_) => self.leave(cuts).await, // The first failure is what is reported.
+            }
             return Err(error.into());
         }
         job.step();
@@ -258,6 +259,17 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
 
     async fn undo(&self, cuts: Vec<Cut<E, H>>) {
         join_all(cuts.into_iter().map(|cut| overlay::discard(&self.environment, cut.overlay))).await;
+    }
+
+    /// Leaves overlays where they are, closed: perhaps the next start puts them on top, which changes nothing, because they are empty.
+    async fn leave(&self, cuts: Vec<Cut<E, H>>) {
+        for cut in &cuts {
+            tracing::warn!(
+                event = "overlay_left_behind", overlay = %cut.overlay.record.path.display(),
+                "it is unknown whether the catalogue has recorded the snapshot; the next start finds out, and needs the empty overlay if so"
+            );
+        }
+        join_all(cuts.into_iter().map(|cut| overlay::leave(cut.overlay))).await;
     }
 
     /// The part that cannot be undone.

@@ -108,6 +108,8 @@ struct Bytes {
     now: Vec<u8>,
     durable: Vec<u8>,
     broken: bool,
+    /// After so many syncs one fails that has made everything durable, and from then on nothing can be written.
+    breaks_after_syncs: Option<u64>,
 }
 
 impl CatalogueFile {
@@ -118,18 +120,23 @@ impl CatalogueFile {
     /// What is there after a power cut.
     pub(crate) fn after_power_cut(&self) -> Self {
         let durable = self.change(|bytes| bytes.durable.clone());
-        Self(Arc::new(Mutex::new(Bytes { now: durable.clone(), durable, broken: false })))
+        Self(Arc::new(Mutex::new(Bytes { now: durable.clone(), durable, ..Bytes::default() })))
     }
 
     /// What is there after the daemon was killed: everything, and what was not durable is so no more than before.
     pub(crate) fn after_kill(&self) -> Self {
         let (now, durable) = self.change(|bytes| (bytes.now.clone(), bytes.durable.clone()));
-        Self(Arc::new(Mutex::new(Bytes { now, durable, broken: false })))
+        Self(Arc::new(Mutex::new(Bytes { now, durable, ..Bytes::default() })))
     }
 
     /// From here on nothing can be written.
     pub(crate) fn break_down(&self) {
         self.change(|bytes| bytes.broken = true);
+    }
+
+    /// From the sync after `syncs` others on nothing can be written; that one fails too, although it makes everything durable.
+    pub(crate) fn break_down_after(&self, syncs: u64) {
+        self.change(|bytes| bytes.breaks_after_syncs = Some(syncs));
     }
 
     fn writable(&self) -> io::Result<()> {
@@ -159,8 +166,15 @@ impl StorageBackend for CatalogueFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.writable()?;
-        self.change(|bytes| bytes.durable = bytes.now.clone());
-        Ok(())
+        self.change(|bytes| {
+            bytes.durable = bytes.now.clone();
+            match &mut bytes.breaks_after_syncs {
+                Some(0) => bytes.broken = true,
+                Some(syncs) => *syncs -= 1,
+                None => {}
+            }
+        });
+        self.writable()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
