@@ -32,8 +32,25 @@ pub trait Host<E: Environment>: fmt::Debug + 'static {
     /// The absolute path that an existing directory really has, without symbolic links.
     fn real_directory(&self, directory: &Path) -> impl Future<Output = io::Result<PathBuf>>;
 
+    /// How far each of these absolute paths speaks for its directory.
+    fn path_kinds(&self, paths: Vec<PathBuf>) -> impl Future<Output = io::Result<Vec<PathKind>>>;
+
+    /// Whether an existing directory is one for device nodes, which is kept in memory.
+    fn is_for_devices(&self, directory: &Path) -> impl Future<Output = io::Result<bool>>;
+
     /// The regular files in a directory.
     fn files_in(&self, directory: &Path) -> impl Future<Output = io::Result<Vec<PathBuf>>>;
+}
+
+/// What an image's path says about where its overlays and backing files may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PathKind {
+    /// It is a file in a directory of images.
+    Neighbour,
+    /// It is a block device, or cannot be looked at: its directory says nothing.
+    Alone,
+    /// It is a symbolic link to a block device, in a directory that only root can change: the lasting name of the device.
+    AloneByLink,
 }
 
 /// A device that front-ends can reach.

@@ -21,6 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use snapfence::protocol::BlockdevAdd;
+use snapfence_image_format::chain::AllowedDirectories;
 use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::FenceDomain;
 use snapfence_image_format::storage::kept::MemoryKeeper;
@@ -32,7 +33,7 @@ use crate::snapshot::{Lines, Progress};
 
 pub use device::Device;
 pub(crate) use device::DeviceLayer;
-pub use host::{Export, ExportError, Host};
+pub use host::{Export, ExportError, Host, PathKind};
 pub use lifecycle::RemoveError;
 pub(crate) use open::Beneath;
 pub use open::{BeneathError, DeviceOpenCause, DeviceOpenError, GivenBy};
@@ -142,6 +143,15 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let devices = self.devices.borrow();
         let found = devices.values().find(|device| device.layers.borrow().iter().any(|layer| layer.identity == file));
         found.map(|device| device.name().to_owned())
+    }
+
+    /// Where names inside these images may lead, and overlays on them.
+    ///
+    /// # Errors
+    /// If the system does not look at paths.
+    pub(crate) async fn allowed_around(&self, images: Vec<PathBuf>) -> io::Result<AllowedDirectories> {
+        let kinds = self.host.path_kinds(images.clone()).await?;
+        Ok(self.places.around(images.iter().map(PathBuf::as_path).zip(kinds)))
     }
 
     /// The absolute path of a file in an existing directory, the directory without symbolic links.

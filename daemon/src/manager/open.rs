@@ -64,6 +64,9 @@ pub enum DeviceOpenCause {
         #[source]
         source: io::Error,
     },
+    /// The system does not say what is at a path.
+    #[error("the paths of the layers cannot be looked at: {0}")]
+    Look(#[source] io::Error),
     /// The image cannot be found.
     #[error("image {path} cannot be opened: {source}")]
     Image {
@@ -305,7 +308,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             }
         };
         let known = record.map(|record| record.layers.as_slice()).unwrap_or_default();
-        let allowed = self.places.around(known.iter().map(|layer| layer.path.as_path()).chain([options.image.as_path()]));
+        let images = known.iter().map(|layer| layer.path.clone()).chain([options.image.clone()]).collect();
+        let allowed = self.allowed_around(images).await.map_err(DeviceOpenCause::Look)?;
         let mut protected = if options.read_only { Beneath::default() } else { self.beneath().await? };
         if record.is_none()
             && !options.read_only

@@ -1,7 +1,8 @@
 //! Where files may be that the control socket or an image names.
 //!
 //! - The operator's own words (command line, configuration file) lead anywhere.
-//! - Names inside images lead into the allowed directories and those of the device's own layers.
+//! - Names inside images lead into the allowed directories and those of the device's own layers. Of layers that are block devices only the
+//!   device itself is allowed: beside it are all the disks of the host.
 //! - Overlays named on the control socket lie in the same.
 //! - External data files are those that the operator names one by one.
 //! - Images and sockets of devices added on the control socket lie in the allowed directories, if any are given; otherwise anywhere, for
@@ -11,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use snapfence_image_format::chain::{AllowedDirectories, NameError};
 use snapfence_image_format::storage::Location;
+
+use super::PathKind;
 
 /// What the operator has allowed.
 #[derive(Clone, Debug, Default)]
@@ -39,8 +42,12 @@ impl Places {
     }
 
     /// Where names inside these images may lead.
-    pub fn around<'a>(&self, layers: impl IntoIterator<Item = &'a Path>) -> AllowedDirectories {
-        layers.into_iter().fold(self.allowed.clone(), |allowed, layer| allowed.with_directory_of(layer))
+    pub fn around<'a>(&self, layers: impl IntoIterator<Item = (&'a Path, PathKind)>) -> AllowedDirectories {
+        layers.into_iter().fold(self.allowed.clone(), |allowed, (layer, kind)| match kind {
+            PathKind::Neighbour => allowed.with_directory_of(layer),
+            PathKind::Alone => allowed.with_file(layer, false),
+            PathKind::AloneByLink => allowed.with_file(layer, true),
+        })
     }
 
     /// Where a path leads that the control socket names for a new device.
@@ -65,7 +72,10 @@ mod tests {
         assert!(strict.admit(path).is_err());
         assert!(strict.admit(Path::new("/images/a")).is_ok());
         for places in [open, strict] {
-            let around = places.around([Path::new("/vm/top"), Path::new("/base/b")]);
+            let paths = [("/vm/top", PathKind::Neighbour), ("/base/b", PathKind::Neighbour), ("/dev/sdb", PathKind::Alone)];
+            let around = places.around(paths.map(|(path, kind)| (Path::new(path), kind)));
+            assert!(around.locate(Path::new("/dev/sdb")).is_ok());
+            assert!(around.locate(Path::new("/dev/sda")).is_err());
             assert!(around.locate(Path::new("/vm/overlay")).is_ok());
             assert!(around.locate(Path::new("/base/sub/overlay")).is_ok());
             assert!(around.locate(path).is_err());

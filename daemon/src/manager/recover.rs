@@ -110,6 +110,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             Ok(file) => file,
             Err(error) => return Ok(Verdict::Wait(error)),
         };
+        let images = vec![member.frozen.path.clone(), member.overlay.path.clone()];
+        let allowed = match self.allowed_around(images).await {
+            Ok(allowed) => allowed,
+            Err(error) => return Ok(Verdict::Wait(error)),
+        };
         let header = match Header::read(&overlay).await {
             Ok(header) => header,
             Err(HeaderError::Read(error)) => return Ok(Verdict::Wait(error)),
@@ -120,7 +125,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             identity: frozen.identity(),
             // It was checked when the intent was recorded, and growing is no reason to lose what was written since.
             virtual_size: header.virtual_size(),
-            allowed: self.places.around([member.frozen.path.as_path(), member.overlay.path.as_path()]),
+            allowed,
             cache: CacheMode::Buffered,
         };
         match overlay::covers(&self.environment, &below, &member.overlay.path, &header).await {

@@ -2,7 +2,9 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::fs::Metadata;
 use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,7 +19,7 @@ use crate::connection::listen::SOCKET_MODE;
 use crate::connection::{ConnectionEvent, Listening, Server};
 use crate::device::{self, Device};
 use crate::jobs::EventSink;
-use crate::manager::{Export, ExportError, Host};
+use crate::manager::{Export, ExportError, Host, PathKind};
 use crate::options::DeviceOptions;
 
 /// Serves devices on vhost-user sockets, from queue threads that they share.
@@ -93,6 +95,21 @@ impl Host<UringEnvironment> for VhostHost {
         .await?
     }
 
+    async fn path_kinds(&self, paths: Vec<PathBuf>) -> io::Result<Vec<PathKind>> {
+        offload("look at paths", move || paths.iter().map(|path| path_kind(path)).collect()).await
+    }
+
+    async fn is_for_devices(&self, directory: &Path) -> io::Result<bool> {
+        let directory = directory.to_owned();
+        offload("look at directory", move || {
+            let device = directory.metadata()?.dev();
+            let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+            // It looks like a tmpfs to statfs.
+            Ok(has_devtmpfs(&std::fs::read_to_string("/proc/self/mountinfo")?, &number))
+        })
+        .await?
+    }
+
     async fn files_in(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
         let directory = directory.to_owned();
         offload("list directory", move || {
@@ -107,6 +124,25 @@ impl Host<UringEnvironment> for VhostHost {
         })
         .await?
     }
+}
+
+fn path_kind(path: &Path) -> PathKind {
+    let Ok(found) = path.symlink_metadata() else { return PathKind::Alone };
+    if found.is_symlink() {
+        let leads_to_device = path.metadata().is_ok_and(|target| target.file_type().is_block_device());
+        let is_roots = |directory: Metadata| directory.uid() == 0 && directory.mode() & 0o022 == 0;
+        let by_root = path.parent().is_some_and(|directory| directory.metadata().is_ok_and(is_roots));
+        return if leads_to_device && by_root { PathKind::AloneByLink } else { PathKind::Neighbour };
+    }
+    if found.is_file() { PathKind::Neighbour } else { PathKind::Alone }
+}
+
+/// Whether the file system of this number (`major:minor`) is a devtmpfs, by `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+fn has_devtmpfs(mounts: &str, number: &str) -> bool {
+    mounts.lines().any(|line| {
+        let kind = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').next());
+        line.split(' ').nth(2) == Some(number) && kind == Some("devtmpfs")
+    })
 }
 
 impl Export for VhostExport {
@@ -127,5 +163,29 @@ impl Export for VhostExport {
 impl fmt::Debug for VhostExport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VhostExport").field("server", &self.server).field("assignment", &self.assignment).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_directories_are_told_from_other_memory() {
+        let mounts = "23 28 0:5 / /dev rw,nosuid - devtmpfs udev rw,size=1k\n24 23 0:22 / /dev/shm rw - tmpfs - devtmpfs rw\n";
+        assert!(has_devtmpfs(mounts, "0:5"));
+        assert!(!has_devtmpfs(mounts, "0:22") && !has_devtmpfs(mounts, "0:2"));
+    }
+
+    #[test]
+    fn paths_speak_for_their_directory_if_they_are_files() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("image"), "x").expect("a file");
+        std::os::unix::fs::symlink("image", path("link")).expect("a link");
+        let table = [("image", PathKind::Neighbour), ("link", PathKind::Neighbour), ("none", PathKind::Alone), (".", PathKind::Alone)];
+        for (name, expected) in table {
+            assert_eq!(path_kind(&path(name)), expected, "{name}");
+        }
     }
 }

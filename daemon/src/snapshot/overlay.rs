@@ -70,6 +70,12 @@ pub enum OverlayCause {
     /// It may not be there.
     #[error(transparent)]
     Place(#[from] NameError),
+    /// There is nothing beside the top that keeps a file.
+    #[error("its top {} is a block device, beside which no overlay is made; give the overlay's path", .0.display())]
+    BesideDevice(PathBuf),
+    /// What is in that directory is gone with the next start of the machine.
+    #[error("{} is for device nodes and kept in memory; give a path on a disk", .0.display())]
+    AmongDevices(PathBuf),
     /// Its name, made from the snapshot's, is too long.
     #[error("the file name is longer than {MAX_FILE_NAME} bytes; give the overlay's path")]
     NameTooLong,
@@ -168,6 +174,9 @@ pub(crate) async fn prepare<E: Environment>(
     others: &Others<'_>,
 ) -> Result<Prepared<E>, OverlayError> {
     let failed = |cause| OverlayError { path: path.to_owned(), cause };
+    if *wanted == Overlay::Create && below.identity.is_block_device() {
+        return Err(failed(OverlayCause::BesideDevice(below.record.path.clone())));
+    }
     let location = below.allowed.locate(path).map_err(|error| failed(error.into()))?;
     let path = &location.path();
     let created = match wanted {

@@ -9,7 +9,7 @@
 //! Up to the intent everything can be undone and nothing is remembered. From the switch on the overlays are where the guests write, whatever else
 //! happens; only the snapshot can still fail.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use snapfence::protocol::{Event, Failure, JobInfo, LayerState, Moment, SnapshotI
 use snapfence_image_format::stack::{FenceMember, FenceOutcome, FenceTimes, View};
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
 
-use super::overlay::{self, Below, Others, OverlayError, Prepared};
+use super::overlay::{self, Below, Others, OverlayCause, OverlayError, Prepared};
 use super::progress::{Progress, info_of};
 use super::{Asked, Overlay, Place, Refusal, admit};
 use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
@@ -242,18 +242,26 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         wanted: Overlay,
         protected: &Beneath,
     ) -> Result<Cut<E, H>, RunError> {
-        let layers = device.paths();
+        let failed = |source| RunError::Overlay { device: device.name().to_owned(), source };
+        let unusable = |source| RunError::Directory { device: device.name().to_owned(), path: path.clone(), source };
+        let made = !matches!(wanted, Overlay::Existing(_));
+        if made && !(wanted == Overlay::Create && old.identity.is_block_device()) {
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            if self.host.is_for_devices(directory).await.map_err(unusable)? {
+                return Err(failed(OverlayError { path: path.clone(), cause: OverlayCause::AmongDevices(directory.to_owned()) }));
+            }
+        }
         let below = Below {
             record: old.record.clone(),
             identity: old.identity,
             virtual_size: device.stack.virtual_size(),
-            allowed: self.places.around(layers.iter().map(PathBuf::as_path)),
+            allowed: self.allowed_around(device.paths()).await.map_err(unusable)?,
             cache: device.options.cache,
         };
         let others = Others { serving: &|identity| self.device_with_layer(identity), protected, keeper: &self.keeper };
         match overlay::prepare(&self.environment, &below, &path, &wanted, &others).await {
+            Err(source) => Err(failed(source)),
             Ok(overlay) => Ok(Cut { device, old, overlay }),
-            Err(source) => Err(RunError::Overlay { device: device.name().to_owned(), source }),
         }
     }
 

@@ -116,6 +116,43 @@ fn every_wrong_overlay_is_refused_by_name_and_nothing_changes() {
 }
 
 #[test]
+fn no_overlay_is_made_where_only_memory_keeps_it_and_no_neighbour_of_a_disk_is_opened() {
+    let mut simulation = Simulation::new(25);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        for disk in ["/dev/sda", "/dev/sdb"] {
+            environment.put(disk, &vec![7; 1 << 20]);
+        }
+        world.serve("name=vda,image=/dev/sdb,format=raw,socket=/run/vda").await.expect("served");
+        let refused = world.ask("snapshot-create", json!({ "name": "s", "devices": [{ "device": "vda" }] })).await.expect_err("no place");
+        assert!(refused.desc.ends_with("its top /dev/sdb is a block device, beside which no overlay is made; give the overlay's path"));
+        let asked = |path: &str| json!({ "name": "s", "devices": [{ "device": "vda", "overlay": path }], "create": true });
+        let refused = world.ask("snapshot-create", asked("/dev/o.qcow2")).await.expect_err("in memory").desc;
+        assert!(refused.ends_with("/dev is for device nodes and kept in memory; give a path on a disk"), "{refused}");
+        let refused = world.ask("snapshot-create", asked("/vm/o.qcow2")).await.expect_err("outside").desc;
+        assert!(refused.contains("/vm/o.qcow2 lies outside the allowed directories (the file /dev/sdb)"), "{refused}");
+        assert_eq!(world.files(), ["/dev/sda", "/dev/sdb"]);
+        world.done("device-remove", json!({ "name": "vda" })).await;
+
+        let world = World::start(environment.clone(), world.catalogue.after_power_cut(), &["/vm"]);
+        world.serve("name=vda,image=/dev/sdb,format=raw,socket=/run/vda").await.expect("served");
+        world.done("snapshot-create", asked("/vm/o.qcow2")).await;
+        assert_eq!(world.settled("s").await["state"], "frozen");
+        world.manager.stop().await.expect("everything is durable");
+        // The overlay is found again on the disk that it was made on; on another disk of the host it is not put.
+        let world = World::start(environment.clone(), world.catalogue.after_power_cut(), &["/vm"]);
+        world.serve("name=vda,image=/dev/sdb,format=raw,socket=/run/vda").await.expect("served");
+        assert_eq!(world.layers("vda").await, ["/vm/o.qcow2", "/dev/sdb"]);
+        world.done("device-remove", json!({ "name": "vda" })).await;
+        world.create("/vm/spy.qcow2", &over("/dev/sda", "raw")).await;
+        let spy = "name=spy,image=/vm/spy.qcow2,format=qcow2,socket=/run/spy";
+        let refused = world.serve(spy).await.expect_err("outside").to_string();
+        assert!(refused.contains("its backing file is not opened: /dev/sda lies outside"), "{refused}");
+    });
+}
+
+#[test]
 fn a_layer_that_others_need_is_no_overlay() {
     let mut simulation = Simulation::new(21);
     let environment = simulation.environment().clone();

@@ -23,7 +23,7 @@ use snapfence_image_format::units::{GuestOffset, SECTOR_BYTES};
 use snapfenced::catalogue::{Catalogue, Store};
 use snapfenced::control::Reply;
 use snapfenced::jobs::EventSink;
-use snapfenced::manager::{DeviceOpenError, Export, ExportError, GivenBy, Host, Manager, Parts, Places};
+use snapfenced::manager::{DeviceOpenError, Export, ExportError, GivenBy, Host, Manager, Parts, PathKind, Places};
 use snapfenced::options::DeviceOptions;
 
 /// Size of the disks.
@@ -38,8 +38,9 @@ pub(crate) const FOLDER: &str = "/vm";
 pub(crate) type Daemon = Rc<Manager<SimulatedEnvironment, FakeHost>>;
 
 /// Front-ends: each device has a queue thread that is parked, so that it delays no fence, until a test lets it run.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct FakeHost {
+    environment: SimulatedEnvironment,
     queues: Rc<RefCell<BTreeMap<String, Queue>>>,
 }
 
@@ -81,6 +82,19 @@ impl Host<SimulatedEnvironment> for FakeHost {
 
     async fn real_directory(&self, directory: &Path) -> io::Result<PathBuf> {
         if directory == Path::new("/nowhere") { Err(io::ErrorKind::NotFound.into()) } else { Ok(directory.to_owned()) }
+    }
+
+    async fn path_kinds(&self, paths: Vec<PathBuf>) -> io::Result<Vec<PathKind>> {
+        let kind = |path: &PathBuf| match self.environment.real_path(path) {
+            Ok(real) if !real.starts_with("/dev") => PathKind::Neighbour,
+            Ok(real) if real != *path => PathKind::AloneByLink,
+            _ => PathKind::Alone,
+        };
+        Ok(paths.iter().map(kind).collect())
+    }
+
+    async fn is_for_devices(&self, directory: &Path) -> io::Result<bool> {
+        Ok(directory.starts_with("/dev"))
     }
 
     /// Images that no record knows lie in no directory here.
@@ -199,7 +213,7 @@ pub(crate) struct World {
 impl World {
     /// A daemon over these files that has not been told of any device. `allowed` are its `--allow-dir`s.
     pub(crate) fn start(environment: SimulatedEnvironment, catalogue: CatalogueFile, allowed: &[&str]) -> Self {
-        let host = FakeHost::default();
+        let host = FakeHost { environment: environment.clone(), queues: Rc::default() };
         let queues = Rc::clone(&host.queues);
         let events = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&events);

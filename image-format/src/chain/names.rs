@@ -16,6 +16,8 @@ pub const MAX_NAME_BYTES: usize = 1023;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowedDirectories {
     directories: Vec<PathBuf>,
+    /// Single files, by the location that leads there.
+    files: Vec<Location>,
 }
 
 /// Why a name from an image is not followed.
@@ -73,6 +75,20 @@ impl AllowedDirectories {
         more
     }
 
+    /// The same and the file at this absolute path, but not its neighbours. If its name is a symbolic link, it is followed: only for links
+    /// that nobody can change whose word does not count.
+    #[must_use]
+    pub fn with_file(mut self, path: &Path, is_link: bool) -> Self {
+        let location = match (path.parent(), path.file_name()) {
+            (Some(directory), Some(name)) if !is_link => Location::Beneath { directory: directory.to_owned(), name: name.into() },
+            _ => Location::Trusted(path.to_owned()),
+        };
+        if !self.files.contains(&location) {
+            self.files.push(location);
+        }
+        self
+    }
+
     /// Where `name`, found in the image at the absolute path `image`, leads.
     ///
     /// # Errors
@@ -93,15 +109,14 @@ impl AllowedDirectories {
             let name = path.strip_prefix(directory).ok()?;
             (name.components().next().is_some()).then(|| Location::Beneath { directory: directory.clone(), name: name.to_owned() })
         });
+        let inside = inside.or_else(|| self.files.iter().find(|file| file.path() == path).cloned());
         inside.ok_or_else(|| NameError::Outside { path: path.clone(), allowed: self.describe() })
     }
 
     fn describe(&self) -> String {
-        if self.directories.is_empty() {
-            return "none".to_owned();
-        }
-        let names: Vec<_> = self.directories.iter().map(|directory| directory.display().to_string()).collect();
-        names.join(", ")
+        let files = self.files.iter().map(|file| format!("the file {}", file.path().display()));
+        let names: Vec<_> = self.directories.iter().map(|directory| directory.display().to_string()).chain(files).collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     }
 }
 
@@ -191,5 +206,16 @@ mod tests {
         let allowed = AllowedDirectories::default().with_directory_of(Path::new("/a/top"));
         assert_eq!(allowed.resolve(Path::new("/a/top"), b"base"), beneath("/a", "base"));
         assert_eq!(allowed.with_directory_of(Path::new("/a/other")), allowed);
+    }
+
+    #[test]
+    fn a_file_can_be_allowed_without_its_neighbours() {
+        let allowed = AllowedDirectories::default().with_file(Path::new("/dev/sdb"), false).with_file(Path::new("/dev/vg/lv"), true);
+        let image = Path::new("/dev/sdb");
+        assert_eq!(allowed.resolve(image, b"sdb"), beneath("/dev", "sdb"));
+        assert_eq!(allowed.resolve(image, b"vg/lv"), Ok(Location::Trusted("/dev/vg/lv".into())));
+        for name in ["sda", "sdb1", "sdb/x", "vg/other", ".."] {
+            assert!(matches!(allowed.resolve(image, name.as_bytes()), Err(NameError::Outside { .. })), "{name}");
+        }
     }
 }

@@ -142,6 +142,16 @@ pub struct FileIdentity {
     pub inode: u64,
 }
 
+impl FileIdentity {
+    /// Stands in [`device`](Self::device) for block devices, which are told apart by their own number. No file system has it.
+    pub const BLOCK_DEVICES: u64 = u64::MAX;
+
+    /// Whether it is a block device.
+    pub fn is_block_device(&self) -> bool {
+        self.device == Self::BLOCK_DEVICES
+    }
+}
+
 /// What this program does with an image file and what it lets others do meanwhile, as QEMU's image locks express it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {

@@ -35,7 +35,7 @@ use crate::buffer::Buffer;
 use crate::runtime::spawn;
 use crate::units::{HostOffset, SECTOR_BYTES};
 
-/// Files, time and chance of a simulation. Clones are the same environment.
+/// Files, time and chance of a simulation. Clones are the same environment. What lies beneath `/dev` passes for a block device.
 #[derive(Clone)]
 pub struct SimulatedEnvironment {
     seed: u64,
@@ -136,6 +136,14 @@ impl SimulatedEnvironment {
     pub fn import(&self, from: impl AsRef<Path>, path: impl AsRef<Path>) -> io::Result<()> {
         self.put_sparse(path.as_ref(), import_sparse(from.as_ref())?);
         Ok(())
+    }
+
+    /// Where a path leads, all symbolic links followed. The last part need not exist.
+    ///
+    /// # Errors
+    /// If links go in a circle.
+    pub fn real_path(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
+        lock(&self.world).disk.names().resolve(&Location::Trusted(path.as_ref().to_owned()))
     }
 
     /// All files' names.
@@ -361,7 +369,8 @@ impl Storage for SimulatedFile {
     }
 
     fn identity(&self) -> FileIdentity {
-        FileIdentity { device: 1, inode: self.inode }
+        let device = if self.path.starts_with("/dev") { FileIdentity::BLOCK_DEVICES } else { 1 };
+        FileIdentity { device, inode: self.inode }
     }
 
     fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {

@@ -20,9 +20,6 @@ use crate::buffer::{BUFFER_ALIGNMENT, Buffer};
 use crate::storage::{CacheMode, FileIdentity, Sharing, Storage, Transferred};
 use crate::units::HostOffset;
 
-/// Stands in [`FileIdentity::device`] for block devices, which are told apart by their own number. No file system has it.
-const BLOCK_DEVICES: u64 = u64::MAX;
-
 /// What must be known of a file to use it.
 pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).union(StatxFlags::DIOALIGN);
 
@@ -79,7 +76,7 @@ impl UringFile {
             }
             FileType::BlockDevice => {
                 let number = rustix::fs::makedev(facts.stx_rdev_major, facts.stx_rdev_minor);
-                (Kind::BlockDevice, FileIdentity { device: BLOCK_DEVICES, inode: number })
+                (Kind::BlockDevice, FileIdentity { device: FileIdentity::BLOCK_DEVICES, inode: number })
             }
             other => {
                 let what = describe(other);
