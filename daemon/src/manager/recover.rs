@@ -3,31 +3,44 @@
 //! | recorded | overlay | then |
 //! |---|---|---|
 //! | intended | there, covers the recorded top | it becomes the top; the snapshot has failed |
-//! | intended | covers something else | the intent is dropped for this device |
-//! | intended | not there, or cannot be looked at | nothing changes, and none of the group's devices is served, until a later start can look at it |
+//! | intended | whatever it is: the recorded top is another by now | the intent is dropped for this device |
+//! | intended | anything else: not there, not readable, no image, covers another file | nothing changes, and none of the group's devices is served, until a later start finds it as it was |
 //! | switched | is the top already | the snapshot has failed: what lies beneath was perhaps not durable |
 //!
 //! Rolling forward is right whether the devices had switched or not: an overlay that nothing was written to changes nothing, and one that was
-//! written to holds what the guest was told is there. It was durable before it was recorded; if it is not there, its file system may not be
-//! mounted, and to go on without it would take the guest back in time. `--forget` is for operators who know better.
+//! written to holds what the guest was told is there. It was durable and covered the top before it was recorded; if it is not found so, its file
+//! system may not be mounted, or a directory is not allowed any more, and to go on without it would take the guest back in time. `--forget` is
+//! for operators who know better.
 
 use std::io;
 use std::path::Path;
 
-use snapfence_image_format::chain::ChainCause;
 use snapfence_image_format::qcow2::{Header, HeaderError};
 use snapfence_image_format::storage::{Access, CacheMode, Environment, Location, Storage};
 
 use super::Manager;
 use super::host::Host;
-use crate::catalogue::{CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, SnapshotState};
+use crate::catalogue::{CatalogueError, DeviceRecord, DeviceTimes, SnapshotDevice, SnapshotRecord, SnapshotState};
 use crate::snapshot::overlay::{self, Below, OverlayCause};
 
 /// What is to be done with one overlay.
 enum Verdict {
     Adopt,
+    /// The device certainly does not write to it.
     Drop(String),
-    Wait(io::Error),
+    /// Why it is unknown.
+    Wait(String),
+}
+
+/// Why it is unknown whether an overlay is a device's top, in words that go on with its name.
+#[derive(Debug, thiserror::Error)]
+enum Unclear {
+    #[error("cannot be looked at ({0})")]
+    Look(#[from] io::Error),
+    #[error("is not what was recorded ({0})")]
+    Header(#[from] HeaderError),
+    #[error("does not cover the recorded top ({0})")]
+    Cover(#[from] OverlayCause),
 }
 
 impl<E: Environment, H: Host<E>> Manager<E, H> {
@@ -72,11 +85,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 Verdict::Wait(error) => {
                     tracing::error!(
                         event = "overlay_unknown", snapshot = %snapshot.name, device = %device, overlay = %overlay, cause = %error,
-                        "the overlay cannot be looked at; the intent stays until it can"
+                        "it is unknown whether the device writes to the overlay; the intent stays"
                     );
                     let reason = format!(
-                        "{overlay} of snapshot '{}' cannot be looked at ({error}); bring it back and start again, or start once with --forget \
-                         {device} to go on without it",
+                        "{overlay} of snapshot '{}' {error}; bring it back and start again, or start once with --forget {device} to go on \
+                         without it",
                         snapshot.name
                     );
                     let members = snapshot.devices.iter().map(|member| (member.device.clone(), reason.clone()));
@@ -95,31 +108,27 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
 
     async fn judge(&self, member: &SnapshotDevice) -> Result<Verdict, CatalogueError> {
         if let Some(reason) = self.unsettled.borrow().get(&member.device) {
-            return Ok(Verdict::Wait(io::Error::other(reason.clone())));
+            return Ok(Verdict::Wait(format!("has to wait: {reason}")));
         }
         let name = member.device.clone();
         let record = self.catalogue.run(move |store| store.device(&name)).await?;
-        if record.as_ref().and_then(|record| record.top()) != Some(&member.frozen) {
-            return Ok(Verdict::Drop(format!("{} is not the top any more", member.frozen.path.display())));
+        match record {
+            Some(record) if record.top() == Some(&member.frozen) => {
+                let covers = self.covers_recorded_top(member, &record).await;
+                Ok(covers.map_or_else(|error| Verdict::Wait(error.to_string()), |()| Verdict::Adopt))
+            }
+            _ => Ok(Verdict::Drop(format!("{} is not the top any more", member.frozen.path.display()))),
         }
-        let frozen = match self.open_for_look(&member.frozen.path).await {
-            Ok(file) => file,
-            Err(error) => return Ok(Verdict::Wait(error)),
-        };
-        let overlay = match self.open_for_look(&member.overlay.path).await {
-            Ok(file) => file,
-            Err(error) => return Ok(Verdict::Wait(error)),
-        };
-        let images = vec![member.frozen.path.clone(), member.overlay.path.clone()];
-        let allowed = match self.allowed_around(images).await {
-            Ok(allowed) => allowed,
-            Err(error) => return Ok(Verdict::Wait(error)),
-        };
-        let header = match Header::read(&overlay).await {
-            Ok(header) => header,
-            Err(HeaderError::Read(error)) => return Ok(Verdict::Wait(error)),
-            Err(error) => return Ok(Verdict::Drop(error.to_string())),
-        };
+    }
+
+    /// Whether the overlay is as it was when the intent was recorded, so far as that can be seen.
+    async fn covers_recorded_top(&self, member: &SnapshotDevice, record: &DeviceRecord) -> Result<(), Unclear> {
+        let frozen = self.open_for_look(&member.frozen.path).await?;
+        let overlay = self.open_for_look(&member.overlay.path).await?;
+        // Where the overlay could be when it was recorded, its backing file can be now.
+        let images = record.layers.iter().map(|layer| layer.path.clone()).chain([member.overlay.path.clone()]);
+        let allowed = self.allowed_around(images.collect()).await?;
+        let header = Header::read(&overlay).await?;
         let below = Below {
             record: member.frozen.clone(),
             identity: frozen.identity(),
@@ -128,11 +137,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             allowed,
             cache: CacheMode::Buffered,
         };
-        match overlay::covers(&self.environment, &below, &member.overlay.path, &header).await {
-            Ok(()) => Ok(Verdict::Adopt),
-            Err(OverlayCause::Open(ChainCause::Open { source, .. })) => Ok(Verdict::Wait(source)),
-            Err(cause) => Ok(Verdict::Drop(cause.to_string())),
-        }
+        Ok(overlay::covers(&self.environment, &below, &member.overlay.path, &header).await?)
     }
 
     async fn open_for_look(&self, path: &Path) -> io::Result<E::File> {

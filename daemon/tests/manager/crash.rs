@@ -18,12 +18,13 @@ use std::rc::Rc;
 use serde_json::json;
 use snapfence_image_format::buffer::{AlignedBuffer, Buffer};
 use snapfence_image_format::chain::Format;
+use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::storage::Environment;
 use snapfence_image_format::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
 use snapfence_image_format::units::{GuestOffset, SECTOR_BYTES};
 use snapfenced::manager::DeviceOpenError;
 
-use super::support::{Answer, BLOCK, CatalogueFile, World};
+use super::support::{Answer, BLOCK, CatalogueFile, DISK, World};
 
 /// Blocks of each disk that the guest uses.
 const BLOCKS: u64 = 6;
@@ -385,6 +386,43 @@ fn an_overlay_that_cannot_be_looked_at_is_waited_for() {
             }
             assert_eq!(world.read("vdb", 1).await, [5]);
             assert_eq!(world.done("snapshot-show", json!({ "name": "s1" })).await["state"], "failed");
+        });
+    }
+}
+
+#[test]
+fn an_overlay_that_is_not_as_it_was_recorded_is_waited_for() {
+    // Another program has been at the overlay, or at its name; or the directory of the frozen layer is none of the overlay's business any more.
+    for change in ["no image", "another cover", "cover is gone"] {
+        let (environment, catalogue) = half_switched(115);
+        let mut simulation = Simulation::on(environment.clone());
+        simulation.block_on(async move {
+            let world = World::start(environment.clone(), catalogue, &[]);
+            let overlay = std::path::Path::new("/vm/vdb.s1.qcow2");
+            let away = std::path::Path::new("/vm/away");
+            environment.rename(overlay, away).await.expect("moved");
+            let expected = match change {
+                "no image" => {
+                    environment.put(overlay, b"text");
+                    "is not what was recorded (the file is empty or too short"
+                }
+                "another cover" => {
+                    world.create("/vm/vdb.s1.qcow2", &CreateOptions::overlay(DISK, "vdc.qcow2", "qcow2")).await;
+                    "does not cover the recorded top (its backing file is /vm/vdc.qcow2"
+                }
+                _ => {
+                    world.create("/vm/vdb.s1.qcow2", &CreateOptions::overlay(DISK, "/elsewhere/vdb.qcow2", "qcow2")).await;
+                    "does not cover the recorded top (its backing file is not opened: /elsewhere/vdb.qcow2 lies outside"
+                }
+            };
+            world.manager.recover().await.expect("a catalogue");
+            let refused = serve(&world, "vdb").await.expect_err("unknown").to_string();
+            assert!(refused.contains(&format!("top: /vm/vdb.s1.qcow2 of snapshot 's1' {expected}")), "{change}: {refused}");
+            assert!(refused.contains("start once with --forget vdb"), "{refused}");
+            environment.rename(away, overlay).await.expect("moved back");
+            let world = world.restart().await;
+            serve(&world, "vdb").await.expect("served");
+            assert_eq!(world.read("vdb", 1).await, [5], "what was acknowledged is there");
         });
     }
 }
