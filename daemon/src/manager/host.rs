@@ -32,6 +32,10 @@ pub trait Host<E: Environment>: fmt::Debug + 'static {
     /// The absolute path that an existing directory really has, without symbolic links.
     fn real_directory(&self, directory: &Path) -> impl Future<Output = io::Result<PathBuf>>;
 
+    /// The absolute path that an image really has, without symbolic links, but for a link that is [`PathKind::AloneByLink`]: what such links
+    /// lead to has another number after the next start of the machine. The file need not exist.
+    fn real_file(&self, path: &Path) -> impl Future<Output = io::Result<PathBuf>>;
+
     /// How far each of these absolute paths speaks for its directory.
     fn path_kinds(&self, paths: Vec<PathBuf>) -> impl Future<Output = io::Result<Vec<PathKind>>>;
 

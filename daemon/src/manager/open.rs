@@ -191,7 +191,14 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     }
 
     async fn open_device(self: &Rc<Self>, mut options: DeviceOptions, given_by: GivenBy) -> Result<Rc<Device<E, H>>, DeviceOpenCause> {
-        options.image = self.directory_checked(&options.image).await?;
+        options.image = if given_by == GivenBy::Operator || self.places.are_open() {
+            // A link that whoever may do anything has named is followed once: from here on the image goes by its own name, beside which its
+            // overlays lie, and which they can name.
+            let image = self.working_directory.join(&options.image);
+            self.host.real_file(&image).await.map_err(|source| DeviceOpenCause::Directory { path: image, source })?
+        } else {
+            self.directory_checked(&options.image).await?
+        };
         options.socket = self.directory_checked(&options.socket).await?;
         let location = match given_by {
             GivenBy::Operator => Location::Trusted(options.image.clone()),

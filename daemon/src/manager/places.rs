@@ -1,6 +1,7 @@
 //! Where files may be that the control socket or an image names.
 //!
-//! - The operator's own words (command line, configuration file) lead anywhere.
+//! - The operator's own words (command line, configuration file) lead anywhere, through symbolic links too; the directory that counts for what
+//!   follows is that of the real file.
 //! - Names inside images lead into the allowed directories and those of the device's own layers. Of layers that are block devices only the
 //!   device itself is allowed: beside it are all the disks of the host.
 //! - Overlays named on the control socket lie in the same.
@@ -48,6 +49,11 @@ impl Places {
             PathKind::Alone => allowed.with_file(layer, false),
             PathKind::AloneByLink => allowed.with_file(layer, true),
         })
+    }
+
+    /// Whether the control socket may name any path.
+    pub fn are_open(&self) -> bool {
+        !self.strict
     }
 
     /// Where a path leads that the control socket names for a new device.

@@ -22,6 +22,9 @@ use crate::jobs::EventSink;
 use crate::manager::{Export, ExportError, Host, PathKind};
 use crate::options::DeviceOptions;
 
+/// How many symbolic links Linux follows in one path.
+const MAX_LINKS: usize = 40;
+
 /// Serves devices on vhost-user sockets, from queue threads that they share.
 #[derive(Debug)]
 pub struct VhostHost {
@@ -95,6 +98,11 @@ impl Host<UringEnvironment> for VhostHost {
         .await?
     }
 
+    async fn real_file(&self, path: &Path) -> io::Result<PathBuf> {
+        let path = path.to_owned();
+        offload("real path", move || real_file(&path)).await?
+    }
+
     async fn path_kinds(&self, paths: Vec<PathBuf>) -> io::Result<Vec<PathKind>> {
         offload("look at paths", move || paths.iter().map(|path| path_kind(path)).collect()).await
     }
@@ -124,6 +132,25 @@ impl Host<UringEnvironment> for VhostHost {
         })
         .await?
     }
+}
+
+/// See [`Host::real_file`]. Links are followed one by one, because the one to stop at may be anywhere among them.
+fn real_file(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path does not end with a file name"))?;
+        let directory = path.parent().unwrap_or(Path::new("/")).canonicalize()?;
+        path = directory.join(name);
+        if path_kind(&path) == PathKind::AloneByLink {
+            return Ok(path);
+        }
+        match path.read_link() {
+            Ok(target) => path = directory.join(target),
+            // Whatever is wrong with the file is found out by opening it.
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::ELOOP))
 }
 
 fn path_kind(path: &Path) -> PathKind {
@@ -175,6 +202,23 @@ mod tests {
         let mounts = "23 28 0:5 / /dev rw,nosuid - devtmpfs udev rw,size=1k\n24 23 0:22 / /dev/shm rw - tmpfs - devtmpfs rw\n";
         assert!(has_devtmpfs(mounts, "0:5"));
         assert!(!has_devtmpfs(mounts, "0:22") && !has_devtmpfs(mounts, "0:2"));
+    }
+
+    #[test]
+    fn links_are_followed_to_the_real_file() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let root = directory.path().canonicalize().expect("a path");
+        std::fs::create_dir_all(root.join("real/deep")).expect("directories");
+        std::fs::write(root.join("real/image"), "x").expect("a file");
+        let links =
+            [("a", "b"), ("b", "real/deep/c"), ("real/deep/c", "../image"), ("circle", "circle"), ("loose", "real/none"), ("up", "..")];
+        for (link, target) in links {
+            std::os::unix::fs::symlink(target, root.join(link)).expect("a link");
+        }
+        assert_eq!(real_file(&root.join("a")).expect("there"), root.join("real/image"));
+        assert_eq!(real_file(&root.join("loose")).expect("a directory"), root.join("real/none"));
+        assert_eq!(real_file(&root.join("circle")).expect_err("endless").raw_os_error(), Some(libc::ELOOP));
+        assert!(real_file(&root.join("up")).is_err() && real_file(&root.join("none/x")).is_err());
     }
 
     #[test]

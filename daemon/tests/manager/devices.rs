@@ -3,6 +3,7 @@
 use serde_json::json;
 use snapfence::protocol::ErrorClass;
 use snapfence_image_format::qcow2::CreateOptions;
+use snapfence_image_format::storage::Environment;
 use snapfence_image_format::storage::simulated::Simulation;
 
 use super::support::{CatalogueFile, DISK, World};
@@ -158,6 +159,35 @@ fn the_socket_leads_into_allowed_directories_only() {
         let out = json!({ "name": "s", "devices": [{ "device": "vda", "overlay": "/elsewhere/o" }], "create": true });
         let refused = world.ask("snapshot-create", out).await.expect_err("outside").desc;
         assert!(refused.contains("/elsewhere/o lies outside the allowed directories"), "{refused}");
+    });
+}
+
+#[test]
+fn an_image_behind_a_link_goes_by_its_own_name() {
+    let mut simulation = Simulation::new(8);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::start(environment.clone(), CatalogueFile::default(), &["/vm"]);
+        world.create("/pool/7.qcow2", &CreateOptions::standalone(DISK)).await;
+        environment.put("/dev/dm-3", &vec![0; 1 << 20]);
+        environment.symlink("/pool/7.qcow2", "/vm/vda.qcow2").expect("a new name");
+        environment.symlink("../dm-3", "/dev/vg/lv").expect("a new name");
+        world.serve("name=vda,image=/vm/vda.qcow2,format=qcow2,socket=/run/vda").await.expect("served");
+        world.serve("name=vdb,image=/dev/vg/lv,format=raw,socket=/run/vdb").await.expect("served");
+        let devices = json!([{ "device": "vda" }, { "device": "vdb", "overlay": "/vm/vdb.qcow2" }]);
+        world.done("snapshot-create", json!({ "name": "s1", "devices": devices, "create": true })).await;
+        assert_eq!(world.settled("s1").await["state"], "frozen");
+        assert_eq!(world.layers("vda").await, ["/pool/7.s1.qcow2", "/pool/7.qcow2"], "beside the real file");
+        // The number of a mapped device is another after the next start of the machine.
+        assert_eq!(world.layers("vdb").await, ["/vm/vdb.qcow2", "/dev/vg/lv"]);
+        world.manager.stop().await.expect("everything is durable");
+        environment.rename(std::path::Path::new("/dev/dm-3"), std::path::Path::new("/dev/dm-4")).await.expect("renamed");
+        environment.remove(std::path::Path::new("/dev/vg/lv")).await.expect("removed");
+        environment.symlink("../dm-4", "/dev/vg/lv").expect("a new name");
+        let world = World::start(environment, world.catalogue.after_power_cut(), &["/vm"]);
+        world.serve("name=vda,image=/vm/vda.qcow2,format=qcow2,socket=/run/vda").await.expect("served");
+        world.serve("name=vdb,image=/dev/vg/lv,format=raw,socket=/run/vdb").await.expect("served");
+        assert_eq!([world.layers("vda").await.len(), world.layers("vdb").await.len()], [2, 2]);
     });
 }
 

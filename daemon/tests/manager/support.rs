@@ -84,6 +84,12 @@ impl Host<SimulatedEnvironment> for FakeHost {
         if directory == Path::new("/nowhere") { Err(io::ErrorKind::NotFound.into()) } else { Ok(directory.to_owned()) }
     }
 
+    async fn real_file(&self, path: &Path) -> io::Result<PathBuf> {
+        self.real_directory(path.parent().expect("an absolute path")).await?;
+        let real = self.environment.real_path(path)?;
+        Ok(if real.starts_with("/dev") { path.to_owned() } else { real })
+    }
+
     async fn path_kinds(&self, paths: Vec<PathBuf>) -> io::Result<Vec<PathKind>> {
         let kind = |path: &PathBuf| match self.environment.real_path(path) {
             Ok(real) if !real.starts_with("/dev") => PathKind::Neighbour,
