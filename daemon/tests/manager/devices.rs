@@ -163,6 +163,35 @@ fn the_socket_leads_into_allowed_directories_only() {
 }
 
 #[test]
+fn an_image_that_an_unreadable_overlay_names_is_not_written_to() {
+    let mut simulation = Simulation::new(9);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        world.create("/strange/base.qcow2", &CreateOptions::standalone(DISK)).await;
+        world.create("/strange/o.qcow2", &overlay_of("base.qcow2")).await;
+        let serve = async |world: &World| world.serve("name=vda,image=/strange/base.qcow2,format=qcow2,socket=/run/vda").await;
+        let whole = environment.bytes("/strange/o.qcow2").expect("a file");
+        // Its first L2 table lies between two clusters: what it holds cannot be told.
+        let mut broken = whole.clone();
+        let l1 = usize::try_from(u64::from_be_bytes(whole[40..48].try_into().expect("8 bytes"))).expect("small");
+        broken[l1..l1 + 8].copy_from_slice(&0x200_u64.to_be_bytes());
+        environment.put("/strange/o.qcow2", &broken);
+        let refused = serve(&world).await.expect_err("it may hold anything").to_string();
+        assert!(refused.contains("must not be written to: /strange/o.qcow2 depends on it"), "{refused}");
+        // An unknown feature: no header that we understand, and a warning.
+        let mut strange = whole.clone();
+        strange[72] = 0x80;
+        environment.put("/strange/o.qcow2", &strange);
+        serve(&world).await.expect("nothing is known to depend on it");
+        world.done("device-remove", json!({ "name": "vda" })).await;
+        world.manager.catalogue().run(|store| store.forget_device("vda")).await.expect("a catalogue");
+        environment.put("/strange/o.qcow2", &whole);
+        serve(&world).await.expect("an empty overlay loses nothing");
+    });
+}
+
+#[test]
 fn an_image_behind_a_link_goes_by_its_own_name() {
     let mut simulation = Simulation::new(8);
     let environment = simulation.environment().clone();
