@@ -99,6 +99,11 @@ impl LayerError {
         Self::Io { action, what, at, source: SharedIoError::from(source) }
     }
 
+    /// Whether an earlier failure is the reason, which stands until the image is opened again.
+    pub fn is_failure(&self) -> bool {
+        matches!(self, Self::Failed(_))
+    }
+
     /// Whether the medium had no space left.
     pub fn is_no_space(&self) -> bool {
         match self {

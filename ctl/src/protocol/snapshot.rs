@@ -195,6 +195,8 @@ pub enum LayerState {
     Freezing,
     /// Nothing.
     Frozen,
+    /// It could not be made durable; flushes of the device fail.
+    Failed,
 }
 
 impl LayerState {
@@ -205,6 +207,7 @@ impl LayerState {
             Self::Active => "active",
             Self::Freezing => "freezing",
             Self::Frozen => "frozen",
+            Self::Failed => "failed",
         }
     }
 }

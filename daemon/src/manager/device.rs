@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use snapfence::protocol::{self, BlockNode, BlockNodeCache, BlockNodeImage, DeviceInfo, DeviceState, LayerInfo, LayerState, StackInfo};
 use snapfence_image_format::chain::ChainLayer;
-use snapfence_image_format::error::LayerError;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::stack::Stack;
 use snapfence_image_format::storage::{CacheMode, Environment, FileIdentity, Storage};
@@ -120,15 +119,15 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
             virtual_size: self.stack.virtual_size(),
             connected: self.is_connected(),
             depth: u32::try_from(depth).unwrap_or(u32::MAX),
-            state: self.state(&top.layer),
+            state: self.state(),
         }
     }
 
-    fn state(&self, top: &Layer<E>) -> DeviceState {
-        match top.admit_write() {
-            Err(LayerError::Failed(_)) => DeviceState::Failed,
-            _ if self.in_snapshot.get() => DeviceState::Snapshot,
-            _ => DeviceState::Ready,
+    fn state(&self) -> DeviceState {
+        match self.stack.failure() {
+            Some(_) => DeviceState::Failed,
+            None if self.in_snapshot.get() => DeviceState::Snapshot,
+            None => DeviceState::Ready,
         }
     }
 

@@ -397,6 +397,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 tracing::warn!(event = "lock_not_lowered", layer = %old.record.path.display(), cause = %error, "others cannot write it either way");
             }
             device.set_layer_state(old.identity, LayerState::Frozen);
+        } else {
+            device.set_layer_state(old.identity, LayerState::Failed);
         }
         (device.name().to_owned(), result.map(|()| took))
     }

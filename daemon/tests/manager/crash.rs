@@ -281,6 +281,7 @@ fn a_base_that_cannot_be_made_durable_fails_flushes_and_snapshots() {
         for _ in 0..2 {
             view.flush().await.expect_err("the base is not durable, and no second flush makes it so");
         }
+        assert_eq!(world.done("device-list", json!({})).await[0]["state"], "failed");
         drop(view);
         world.done("snapshot-create", json!({ "name": "s2", "devices": [{ "device": "vda" }] })).await;
         assert_eq!(world.settled("s2").await["state"], "failed");
@@ -308,6 +309,13 @@ fn a_layer_that_cannot_be_made_durable_fails_the_snapshot_and_stays_known() {
         assert_eq!(first.event_names().last().map(String::as_str), Some("job1 concluded"));
         let stack = first.done("stack-show", json!({ "device": "vdb" })).await;
         assert_eq!(stack["layers"][1]["snapshot"], json!(null), "a snapshot of which a member failed has frozen nothing");
+        let states = async |device: &str| {
+            let stack = first.done("stack-show", json!({ "device": device })).await;
+            [stack["layers"][0]["state"].clone(), stack["layers"][1]["state"].clone()]
+        };
+        assert_eq!([states("vda").await, states("vdb").await], [["active", "failed"], ["active", "frozen"]]);
+        let devices = first.done("device-list", json!({})).await;
+        assert_eq!([&devices[0]["state"], &devices[1]["state"]], ["failed", "ready"], "no flush of vda succeeds any more");
     });
     let environment = environment.crash();
     let mut simulation = Simulation::on(environment.clone());

@@ -210,6 +210,15 @@ impl<E: Environment> Stack<E> {
         Ok(())
     }
 
+    /// Why flushes fail, now and until the stack is opened again: the first layer that is not frozen and cannot be made durable.
+    pub fn failure(&self) -> Option<LayerError> {
+        if let Some(failure) = self.settling_failure() {
+            return Some(failure.clone());
+        }
+        let unfrozen_from = self.unfrozen_from.load(Ordering::Acquire);
+        self.view().layers.iter().skip(unfrozen_from).find_map(|layer| layer.admit_write().err().filter(LayerError::is_failure))
+    }
+
     /// Publishes an equal view in the place of the present one, and ends when no request uses any view from before: a grace period, after which
     /// no request can still be reading or writing where the map pointed before.
     async fn grace_period(&self) {

@@ -85,6 +85,11 @@ impl<E: Environment> Stack<E> {
         );
         settling.outcome.get_or_init(|| outcome).clone()
     }
+
+    /// Why the layers beneath cannot be made durable, if that is so.
+    pub(super) fn settling_failure(&self) -> Option<&LayerError> {
+        self.settling.outcome.get().and_then(|outcome| outcome.as_ref().err())
+    }
 }
 
 /// Makes the files of a layer durable to which nobody writes.
