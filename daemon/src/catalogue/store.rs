@@ -7,10 +7,16 @@
 //! | `snapshots` | name | [`SnapshotRecord`] as JSON |
 //!
 //! Layers have rows of their own so that a snapshot of a deep stack adds one row and rewrites none.
+//!
+//! redb refuses everything after the first error of its file, a full disk that is freed a moment later included. So a database that has failed is
+//! closed, and opened again for the next transaction. A commit that has failed may be there all the same: every change is tried a second
+//! time on the database opened again, and finds what is there. If that fails too, it is unknown which of the two states the next start finds.
 
+use std::cell::{Cell, RefCell};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
-use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, WriteTransaction};
+use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, WriteTransaction};
 
 use super::records::{DeviceRecord, DeviceTimes, LayerRecord, SnapshotRecord, SnapshotState};
 
@@ -22,6 +28,7 @@ const CACHE_BYTES: usize = 1 << 20;
 
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const LAYERS: TableDefinition<(&str, u32), &[u8]> = TableDefinition::new("layers");
+type LayersTable<'a> = redb::Table<'a, (&'static str, u32), &'static [u8]>;
 const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
 
 /// Why the catalogue could not answer.
@@ -98,10 +105,11 @@ fn open_error(source: impl Into<redb::Error>) -> CatalogueError {
     CatalogueError::Database { action: "opened", source: source.into() }
 }
 
-/// The open database.
-#[derive(Debug)]
+/// The database.
 pub struct Store {
-    database: Database,
+    /// Closed after a failure.
+    database: RefCell<Option<Database>>,
+    open: Box<dyn Fn() -> Result<Database, DatabaseError> + Send>,
 }
 
 impl Store {
@@ -110,21 +118,62 @@ impl Store {
     /// # Errors
     /// If it cannot be opened or has a newer layout.
     pub fn open(path: &Path) -> Result<Self, CatalogueError> {
-        let database = Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(open_error)?;
-        Self::initialise(database)
+        let path = path.to_owned();
+        Self::opened_by(move || Database::builder().set_cache_size(CACHE_BYTES).create(&path))
     }
 
-    /// The same on any storage: memory, a simulated disk.
+    /// The same on any storage: memory, a simulated disk. Clones lead to the same bytes.
     ///
     /// # Errors
     /// As for [`open`](Self::open).
-    pub fn with_backend(backend: impl StorageBackend) -> Result<Self, CatalogueError> {
-        let database = Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend).map_err(open_error)?;
-        Self::initialise(database)
+    pub fn with_backend(backend: impl StorageBackend + Clone) -> Result<Self, CatalogueError> {
+        Self::opened_by(move || Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend.clone()))
+    }
+
+    fn opened_by(open: impl Fn() -> Result<Database, DatabaseError> + Send + 'static) -> Result<Self, CatalogueError> {
+        let store = Self { database: RefCell::new(None), open: Box::new(open) };
+        store.attempt(|_| Ok(()))?;
+        Ok(store)
+    }
+
+    /// Runs `operation` on the database, which is closed if that fails.
+    fn attempt<T>(&self, operation: impl FnOnce(&Database) -> Result<T, CatalogueError>) -> Result<T, CatalogueError> {
+        let mut slot = self.database.borrow_mut();
+        let database = match slot.take() {
+            Some(database) => database,
+            None => Self::initialise((self.open)().map_err(open_error)?)?,
+        };
+        let result = operation(&database);
+        if !matches!(result, Err(CatalogueError::Database { .. })) {
+            *slot = Some(database);
+        }
+        result
+    }
+
+    fn read<T>(&self, operation: impl FnOnce(&ReadTransaction) -> Result<T, CatalogueError>) -> Result<T, CatalogueError> {
+        self.attempt(|database| operation(&database.begin_read().map_err(read_error)?))
+    }
+
+    /// Runs `change` in a transaction and makes that durable. If the database fails it is done once more: `change` finds then that what it
+    /// wants is not there yet, or is there already.
+    fn write<T>(&mut self, change: impl Fn(&WriteTransaction) -> Result<T, CatalogueError>) -> Result<T, CatalogueError> {
+        let once = |database: &Database| {
+            let transaction = database.begin_write().map_err(write_error)?;
+            let value = change(&transaction)?;
+            transaction.commit().map_err(write_error)?;
+            Ok(value)
+        };
+        match self.attempt(once) {
+            Err(error @ CatalogueError::Database { .. }) => {
+                tracing::warn!(event = "catalogue_reopened", cause = %error, "the database has failed and is opened again");
+                self.attempt(once)
+            }
+            result => result,
+        }
     }
 
     /// Checks the layout; writes only if the database is new, so that a start costs no flush.
-    fn initialise(database: Database) -> Result<Self, CatalogueError> {
+    fn initialise(database: Database) -> Result<Database, CatalogueError> {
         let found = {
             let transaction = database.begin_read().map_err(open_error)?;
             match transaction.open_table(META) {
@@ -144,7 +193,7 @@ impl Store {
                 transaction.commit().map_err(open_error)?;
             }
         }
-        Ok(Self { database })
+        Ok(database)
     }
 
     /// Every recorded device, in order of names.
@@ -152,19 +201,20 @@ impl Store {
     /// # Errors
     /// If the database cannot be read.
     pub fn devices(&self) -> Result<Vec<DeviceRecord>, CatalogueError> {
-        let transaction = self.database.begin_read().map_err(read_error)?;
-        let table = transaction.open_table(LAYERS).map_err(read_error)?;
-        let mut devices: Vec<DeviceRecord> = Vec::new();
-        for row in table.iter().map_err(read_error)? {
-            let (key, value) = row.map_err(read_error)?;
-            let (name, _) = key.value();
-            let layer = decode(value.value(), || format!("device `{name}`"))?;
-            match devices.last_mut() {
-                Some(last) if last.name == name => last.layers.push(layer),
-                _ => devices.push(DeviceRecord { name: name.to_owned(), layers: vec![layer] }),
+        self.read(|transaction| {
+            let table = transaction.open_table(LAYERS).map_err(read_error)?;
+            let mut devices: Vec<DeviceRecord> = Vec::new();
+            for row in table.iter().map_err(read_error)? {
+                let (key, value) = row.map_err(read_error)?;
+                let (name, _) = key.value();
+                let layer = decode(value.value(), || format!("device `{name}`"))?;
+                match devices.last_mut() {
+                    Some(last) if last.name == name => last.layers.push(layer),
+                    _ => devices.push(DeviceRecord { name: name.to_owned(), layers: vec![layer] }),
+                }
             }
-        }
-        Ok(devices)
+            Ok(devices)
+        })
     }
 
     /// The record of one device.
@@ -172,14 +222,15 @@ impl Store {
     /// # Errors
     /// If the database cannot be read.
     pub fn device(&self, name: &str) -> Result<Option<DeviceRecord>, CatalogueError> {
-        let transaction = self.database.begin_read().map_err(read_error)?;
-        let table = transaction.open_table(LAYERS).map_err(read_error)?;
-        let mut layers = Vec::new();
-        for row in table.range((name, 0)..=(name, u32::MAX)).map_err(read_error)? {
-            let (_, value) = row.map_err(read_error)?;
-            layers.push(decode(value.value(), || format!("device `{name}`"))?);
-        }
-        Ok((!layers.is_empty()).then(|| DeviceRecord { name: name.to_owned(), layers }))
+        self.read(|transaction| {
+            let table = transaction.open_table(LAYERS).map_err(read_error)?;
+            let mut layers = Vec::new();
+            for row in table.range((name, 0)..=(name, u32::MAX)).map_err(read_error)? {
+                let (_, value) = row.map_err(read_error)?;
+                layers.push(decode(value.value(), || format!("device `{name}`"))?);
+            }
+            Ok((!layers.is_empty()).then(|| DeviceRecord { name: name.to_owned(), layers }))
+        })
     }
 
     /// Replaces the record of one device.
@@ -187,16 +238,15 @@ impl Store {
     /// # Errors
     /// If the database cannot be written.
     pub fn put_device(&mut self, record: &DeviceRecord) -> Result<(), CatalogueError> {
-        let transaction = self.database.begin_write().map_err(write_error)?;
-        {
+        self.write(|transaction| {
             let mut table = transaction.open_table(LAYERS).map_err(write_error)?;
             table.retain_in((record.name.as_str(), 0)..=(record.name.as_str(), u32::MAX), |_, _| false).map_err(write_error)?;
             for (index, layer) in (0_u32..).zip(&record.layers) {
                 let value = encode(layer, || format!("device `{}`", record.name))?;
                 table.insert((record.name.as_str(), index), value.as_slice()).map_err(write_error)?;
             }
-        }
-        transaction.commit().map_err(write_error)
+            Ok(())
+        })
     }
 
     /// Drops the record of a device and its part in every snapshot. The others' parts stay: an intent may be all that tells where they write.
@@ -210,8 +260,7 @@ impl Store {
             snapshot.devices.retain(|member| member.device != name);
             snapshot.devices.len() < before
         });
-        let transaction = self.database.begin_write().map_err(write_error)?;
-        {
+        self.write(|transaction| {
             let mut layers = transaction.open_table(LAYERS).map_err(write_error)?;
             layers.retain_in((name, 0)..=(name, u32::MAX), |_, _| false).map_err(write_error)?;
             let mut snapshots = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
@@ -222,8 +271,8 @@ impl Store {
                     put_snapshot(&mut snapshots, snapshot)?;
                 }
             }
-        }
-        transaction.commit().map_err(write_error)
+            Ok(())
+        })
     }
 
     /// Every snapshot, oldest first.
@@ -231,15 +280,16 @@ impl Store {
     /// # Errors
     /// If the database cannot be read.
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>, CatalogueError> {
-        let transaction = self.database.begin_read().map_err(read_error)?;
-        let table = transaction.open_table(SNAPSHOTS).map_err(read_error)?;
-        let mut snapshots = Vec::new();
-        for row in table.iter().map_err(read_error)? {
-            let (key, value) = row.map_err(read_error)?;
-            snapshots.push(decode(value.value(), || format!("snapshot `{}`", key.value()))?);
-        }
-        snapshots.sort_by(|one: &SnapshotRecord, other| (one.created_us, &one.name).cmp(&(other.created_us, &other.name)));
-        Ok(snapshots)
+        self.read(|transaction| {
+            let table = transaction.open_table(SNAPSHOTS).map_err(read_error)?;
+            let mut snapshots = Vec::new();
+            for row in table.iter().map_err(read_error)? {
+                let (key, value) = row.map_err(read_error)?;
+                snapshots.push(decode(value.value(), || format!("snapshot `{}`", key.value()))?);
+            }
+            snapshots.sort_by(|one: &SnapshotRecord, other| (one.created_us, &one.name).cmp(&(other.created_us, &other.name)));
+            Ok(snapshots)
+        })
     }
 
     /// One snapshot.
@@ -247,10 +297,11 @@ impl Store {
     /// # Errors
     /// If the database cannot be read.
     pub fn snapshot(&self, name: &str) -> Result<Option<SnapshotRecord>, CatalogueError> {
-        let transaction = self.database.begin_read().map_err(read_error)?;
-        let table = transaction.open_table(SNAPSHOTS).map_err(read_error)?;
-        let value = table.get(name).map_err(read_error)?;
-        value.map(|value| decode(value.value(), || format!("snapshot `{name}`"))).transpose()
+        self.read(|transaction| {
+            let table = transaction.open_table(SNAPSHOTS).map_err(read_error)?;
+            let value = table.get(name).map_err(read_error)?;
+            value.map(|value| decode(value.value(), || format!("snapshot `{name}`"))).transpose()
+        })
     }
 
     /// Records a new snapshot as intended.
@@ -258,15 +309,18 @@ impl Store {
     /// # Errors
     /// If the name is taken or the database cannot be written.
     pub fn intend(&mut self, snapshot: &SnapshotRecord) -> Result<(), CatalogueError> {
-        let transaction = self.database.begin_write().map_err(write_error)?;
-        {
+        let tried = Cell::new(false);
+        self.write(|transaction| {
             let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
-            if table.get(snapshot.name.as_str()).map_err(write_error)?.is_some() {
+            let is_ours = |found| tried.get() && found == *snapshot;
+            let is_taken = find_snapshot(&table, &snapshot.name)?.is_some_and(|found| !is_ours(found));
+            tried.set(true);
+            if is_taken {
                 return Err(CatalogueError::SnapshotExists(snapshot.name.clone()));
             }
             put_snapshot(&mut table, snapshot)?;
-        }
-        transaction.commit().map_err(write_error)
+            Ok(())
+        })
     }
 
     /// Takes back an intent of which nothing has happened, if it is there. Another snapshot of that name stays.
@@ -274,16 +328,13 @@ impl Store {
     /// # Errors
     /// If the database cannot be written: it is unknown then whether the intent is there.
     pub fn drop_intent(&mut self, intent: &SnapshotRecord) -> Result<(), CatalogueError> {
-        let transaction = self.database.begin_write().map_err(write_error)?;
-        {
+        self.write(|transaction| {
             let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
-            let name = intent.name.as_str();
-            let found = table.get(name).map_err(write_error)?.map(|value| decode(value.value(), || format!("snapshot `{name}`")));
-            if found.transpose()?.as_ref() == Some(intent) {
-                table.remove(name).map_err(write_error)?;
+            if find_snapshot(&table, &intent.name)?.as_ref() == Some(intent) {
+                table.remove(intent.name.as_str()).map_err(write_error)?;
             }
-        }
-        transaction.commit().map_err(write_error)
+            Ok(())
+        })
     }
 
     /// Records that the devices in `adopted` have their overlays on top, and brings the snapshot into `state` (`Switched` or `Failed`).
@@ -297,16 +348,13 @@ impl Store {
         state: SnapshotState,
         error: Option<String>,
     ) -> Result<SnapshotRecord, CatalogueError> {
-        self.change_snapshot(name, (SnapshotState::Intended, state), error, |transaction, snapshot| {
+        self.change_snapshot(name, (SnapshotState::Intended, state), error.as_deref(), |transaction, snapshot| {
             let mut layers = transaction.open_table(LAYERS).map_err(write_error)?;
             for (device, times) in adopted {
                 let Some(member) = snapshot.device_mut(device) else { continue };
                 member.times = *times;
-                let range = (device.as_str(), 0)..=(device.as_str(), u32::MAX);
-                let last = layers.range(range).map_err(write_error)?.next_back().transpose().map_err(write_error)?;
-                let index = last.map_or(0, |(key, _)| key.value().1 + 1);
-                let value = encode(&member.overlay, || format!("device `{device}`"))?;
-                layers.insert((device.as_str(), index), value.as_slice()).map_err(write_error)?;
+                let index = recorded_top(&layers, device)?.map_or(0, |(index, _)| index + 1);
+                put_layer(&mut layers, device, index, &member.overlay)?;
             }
             Ok(())
         })
@@ -324,7 +372,7 @@ impl Store {
         state: SnapshotState,
         error: Option<String>,
     ) -> Result<SnapshotRecord, CatalogueError> {
-        self.change_snapshot(name, (SnapshotState::Switched, state), error, |_, snapshot| {
+        self.change_snapshot(name, (SnapshotState::Switched, state), error.as_deref(), |_, snapshot| {
             for (device, times) in times {
                 if let Some(member) = snapshot.device_mut(device) {
                     member.times = *times;
@@ -334,30 +382,82 @@ impl Store {
         })
     }
 
+    /// Records that a snapshot has failed after its devices had begun to switch, whatever was recorded before: its clients have been told.
+    /// Overlays that no device's record has yet are put on top, unless a later snapshot has done so with its own.
+    ///
+    /// # Errors
+    /// If the database cannot be written.
+    pub fn fail(&mut self, name: &str, error: &str) -> Result<(), CatalogueError> {
+        self.write(|transaction| {
+            let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
+            let Some(mut snapshot) = find_snapshot(&table, name)? else { return Ok(()) };
+            if snapshot.state == SnapshotState::Intended {
+                let mut layers = transaction.open_table(LAYERS).map_err(write_error)?;
+                for member in &snapshot.devices {
+                    if let Some((index, top)) = recorded_top(&layers, &member.device)?
+                        && top == member.frozen
+                    {
+                        put_layer(&mut layers, &member.device, index + 1, &member.overlay)?;
+                    }
+                }
+            }
+            if snapshot.state != SnapshotState::Failed {
+                snapshot.state = SnapshotState::Failed;
+                snapshot.error = Some(error.to_owned());
+            }
+            put_snapshot(&mut table, &snapshot)
+        })
+    }
+
     fn change_snapshot(
         &mut self,
         name: &str,
         (from, to): (SnapshotState, SnapshotState),
-        error: Option<String>,
-        change: impl FnOnce(&WriteTransaction, &mut SnapshotRecord) -> Result<(), CatalogueError>,
+        error: Option<&str>,
+        change: impl Fn(&WriteTransaction, &mut SnapshotRecord) -> Result<(), CatalogueError>,
     ) -> Result<SnapshotRecord, CatalogueError> {
-        let transaction = self.database.begin_write().map_err(write_error)?;
-        let snapshot = {
+        // What was there before a commit failed: if it is not there any more, the commit is.
+        let before = RefCell::new(None);
+        self.write(|transaction| {
             let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
-            let found = table.get(name).map_err(write_error)?.map(|value| decode(value.value(), || format!("snapshot `{name}`")));
-            let mut snapshot: SnapshotRecord = found.ok_or_else(|| CatalogueError::NoSnapshot(name.to_owned()))??;
-            if snapshot.state != from || !from.may_become(to) {
-                return Err(CatalogueError::Transition { name: name.to_owned(), from: snapshot.state, to });
+            let mut snapshot = find_snapshot(&table, name)?.ok_or_else(|| CatalogueError::NoSnapshot(name.to_owned()))?;
+            let is_done = before.replace(Some(snapshot.state)) == Some(from) && snapshot.state == to;
+            if !is_done {
+                if snapshot.state != from || !from.may_become(to) {
+                    return Err(CatalogueError::Transition { name: name.to_owned(), from: snapshot.state, to });
+                }
+                snapshot.state = to;
+                snapshot.error = error.map(str::to_owned);
+                change(transaction, &mut snapshot)?;
             }
-            snapshot.state = to;
-            snapshot.error = error;
-            change(&transaction, &mut snapshot)?;
+            // Written anew if it was there: now it is durable.
             put_snapshot(&mut table, &snapshot)?;
-            snapshot
-        };
-        transaction.commit().map_err(write_error)?;
-        Ok(snapshot)
+            Ok(snapshot)
+        })
     }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("is_open", &self.database.borrow().is_some()).finish_non_exhaustive()
+    }
+}
+
+fn find_snapshot(table: &impl ReadableTable<&'static str, &'static [u8]>, name: &str) -> Result<Option<SnapshotRecord>, CatalogueError> {
+    let value = table.get(name).map_err(write_error)?;
+    value.map(|value| decode(value.value(), || format!("snapshot `{name}`"))).transpose()
+}
+
+/// The index and record of a device's top layer.
+fn recorded_top(layers: &LayersTable<'_>, device: &str) -> Result<Option<(u32, LayerRecord)>, CatalogueError> {
+    let last = layers.range((device, 0)..=(device, u32::MAX)).map_err(write_error)?.next_back().transpose().map_err(write_error)?;
+    last.map(|(key, value)| Ok((key.value().1, decode(value.value(), || format!("device `{device}`"))?))).transpose()
+}
+
+fn put_layer(layers: &mut LayersTable<'_>, device: &str, index: u32, layer: &LayerRecord) -> Result<(), CatalogueError> {
+    let value = encode(layer, || format!("device `{device}`"))?;
+    layers.insert((device, index), value.as_slice()).map_err(write_error)?;
+    Ok(())
 }
 
 fn put_snapshot(table: &mut redb::Table<'_, &str, &[u8]>, snapshot: &SnapshotRecord) -> Result<(), CatalogueError> {
@@ -432,11 +532,30 @@ pub(crate) mod tests {
         durable: Vec<u8>,
         /// What the disk would hold after a crash at each write or sync so far: nothing or everything since the last sync survives.
         crashes: Vec<Vec<u8>>,
+        /// So many writes and syncs go well, then so many fail.
+        failures: (u64, u64),
     }
 
     impl VolatileDisk {
         fn holding(bytes: Vec<u8>) -> Self {
-            Self(Arc::new(Mutex::new(Contents { durable: bytes.clone(), now: bytes, crashes: Vec::new() })))
+            Self(Arc::new(Mutex::new(Contents { durable: bytes.clone(), now: bytes, ..Contents::default() })))
+        }
+
+        fn fail_after(&self, passing: u64, failing: u64) {
+            self.0.lock().expect("no panics").failures = (passing, failing);
+        }
+
+        /// As a disk that is full for a while.
+        fn admit(&self) -> Result<(), std::io::Error> {
+            match &mut self.0.lock().expect("no panics").failures {
+                (0, 0) => return Ok(()),
+                (0, failing) => *failing -= 1,
+                (passing, _) => {
+                    *passing -= 1;
+                    return Ok(());
+                }
+            }
+            Err(std::io::ErrorKind::StorageFull.into())
         }
 
         fn change(&self, change: impl FnOnce(&mut Vec<u8>)) {
@@ -457,15 +576,19 @@ pub(crate) mod tests {
             Ok(())
         }
         fn set_len(&self, len: u64) -> Result<(), std::io::Error> {
+            self.admit()?;
             self.change(|bytes| bytes.resize(usize::try_from(len).expect("small"), 0));
             Ok(())
         }
         fn sync_data(&self) -> Result<(), std::io::Error> {
             let mut contents = self.0.lock().expect("no panics");
             contents.durable = contents.now.clone();
-            Ok(())
+            drop(contents);
+            // What fails may have happened.
+            self.admit()
         }
         fn write(&self, offset: u64, data: &[u8]) -> Result<(), std::io::Error> {
+            self.admit()?;
             let start = usize::try_from(offset).expect("small");
             self.change(|bytes| bytes[start..start + data.len()].copy_from_slice(data));
             Ok(())
@@ -511,7 +634,7 @@ pub(crate) mod tests {
                 assert_eq!(from.may_become(to), allowed.contains(&(from, to)), "{from:?} to {to:?}");
             }
         }
-        let mut store = Store::with_backend(redb::backends::InMemoryBackend::new()).expect("memory");
+        let mut store = Store::with_backend(VolatileDisk::default()).expect("memory");
         assert!(matches!(store.conclude("s", &[], Frozen, None), Err(CatalogueError::NoSnapshot(_))));
         store.intend(&intent("s", "vda", "/a", "/b")).expect("a new name");
         for end in [Frozen, Failed] {
@@ -533,6 +656,74 @@ pub(crate) mod tests {
         transaction.commit().expect("writable");
         drop(database);
         assert!(matches!(Store::with_backend(disk), Err(CatalogueError::Schema { found }) if found == SCHEMA + 1));
+    }
+
+    #[test]
+    fn a_failure_that_passes_costs_nothing_and_a_lasting_one_no_more_than_its_step() {
+        type Step = fn(&mut Store) -> Result<(), CatalogueError>;
+        let steps: [Step; 4] = [
+            |store| store.put_device(&DeviceRecord { name: "vda".into(), layers: vec![layer("/base")] }),
+            |store| store.intend(&intent("s", "vda", "/base", "/s")),
+            |store| store.adopt_overlays("s", &[("vda".into(), times(1))], SnapshotState::Switched, None).map(drop),
+            |store| store.conclude("s", &[], SnapshotState::Frozen, None).map(drop),
+        ];
+        let state = |store: &Store| {
+            let layers = store.device("vda").expect("readable").map_or(0, |device| device.layers.len());
+            (layers, store.snapshot("s").expect("readable").map(|snapshot| snapshot.state.name()))
+        };
+        let states = [(0, None), (1, None), (1, Some("intended")), (2, Some("switched")), (2, Some("frozen"))];
+        for at in 0..steps.len() {
+            for passing in 0..12 {
+                for failing in [1, 1000] {
+                    let disk = VolatileDisk::default();
+                    let mut store = Store::with_backend(disk.clone()).expect("new");
+                    steps[..at].iter().for_each(|step| step(&mut store).expect("writable"));
+                    disk.fail_after(passing, failing);
+                    let result = steps[at](&mut store);
+                    disk.fail_after(0, 0);
+                    let found = state(&store);
+                    if failing == 1 {
+                        result.unwrap_or_else(|error| panic!("step {at}, one failure after {passing}: {error}"));
+                    }
+                    // The whole step or nothing of it; a failed one can be done again, and the next one goes on from there.
+                    let done = found == states[at + 1];
+                    assert!(done || failing > 1 && found == states[at], "step {at}, {failing} after {passing}: {found:?}");
+                    let rest = if done { at + 1 } else { at };
+                    steps[rest..].iter().for_each(|step| step(&mut store).expect("writable"));
+                    assert_eq!(state(&store), states[4], "step {at}, {failing} after {passing}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_failed_snapshot_is_failed_whatever_was_recorded() {
+        for recorded in 0..4 {
+            let mut store = Store::with_backend(VolatileDisk::default()).expect("new");
+            store.put_device(&DeviceRecord { name: "vda".into(), layers: vec![layer("/base")] }).expect("writable");
+            store.intend(&intent("s", "vda", "/base", "/s")).expect("a new name");
+            match recorded {
+                0 => {}
+                1 => {
+                    // The next snapshot of the device was recorded, this one was not.
+                    store.intend(&intent("t", "vda", "/s", "/t")).expect("a new name");
+                    store.adopt_overlays("t", &[("vda".into(), times(1))], SnapshotState::Switched, None).expect("intended");
+                }
+                _ => {
+                    store.adopt_overlays("s", &[("vda".into(), times(1))], SnapshotState::Switched, None).expect("intended");
+                    if recorded == 3 {
+                        store.conclude("s", &[], SnapshotState::Frozen, None).expect("switched");
+                    }
+                }
+            }
+            for _ in 0..2 {
+                store.fail("s", "no").expect("writable");
+            }
+            let failed = store.snapshot("s").expect("readable").expect("recorded");
+            assert_eq!((failed.state, failed.error.as_deref()), (SnapshotState::Failed, Some("no")));
+            let top = store.device("vda").expect("readable").expect("recorded").top().cloned();
+            assert_eq!(top, Some(layer(if recorded == 1 { "/t" } else { "/s" })));
+        }
     }
 
     #[test]

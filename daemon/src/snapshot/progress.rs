@@ -17,6 +17,17 @@ pub struct Progress {
     has_switched: Cell<bool>,
     changed: WaitQueue,
     pub(super) job: Rc<Job>,
+    /// What the catalogue has, or may have, and must not keep if the snapshot fails.
+    pub(super) recorded: RefCell<Option<Recorded>>,
+}
+
+/// What the catalogue says of a snapshot that has not come to its end.
+#[derive(Clone, Debug)]
+pub(super) enum Recorded {
+    /// This intent, or nothing. No device has switched.
+    Perhaps(SnapshotRecord),
+    /// The intent, or any state after it.
+    Switching,
 }
 
 impl Progress {
@@ -32,7 +43,7 @@ impl Progress {
             freeze_us: None,
             error: None,
         };
-        Self { info: RefCell::new(info), has_switched: Cell::new(false), changed: WaitQueue::new(), job }
+        Self { info: RefCell::new(info), has_switched: Cell::new(false), changed: WaitQueue::new(), job, recorded: RefCell::default() }
     }
 
     /// As it is now.

@@ -20,7 +20,7 @@ use snapfence_image_format::stack::{FenceMember, FenceOutcome, FenceTimes, View}
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
 
 use super::overlay::{self, Below, Others, OverlayCause, OverlayError, Prepared};
-use super::progress::{Progress, info_of};
+use super::progress::{Progress, Recorded, info_of};
 use super::{Asked, Overlay, Place, Refusal, admit};
 use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
 use crate::jobs::JobError;
@@ -28,6 +28,9 @@ use crate::manager::{Beneath, BeneathError, Device, DeviceLayer, Host, Manager};
 
 /// Steps of a snapshot's job: prepared, intended, switched, frozen.
 const STEPS: u64 = 4;
+
+/// How long the catalogue is left alone before it is asked again to record what it could not.
+const CORRECTION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why a snapshot was not begun.
 #[derive(Debug, thiserror::Error)]
@@ -132,8 +135,15 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     async fn run_snapshot(self: Rc<Self>, asked: Asked, deadline_ms: u64, progress: Rc<Progress>, place: Place) {
         let name = asked.name.clone();
         let outcome = self.take_snapshot(asked, deadline_ms, &progress, &place).await;
-        self.snapshots.borrow_mut().remove(&name);
         let outcome = outcome.map_err(|error| error.to_string());
+        let wrong = outcome.as_ref().err().and_then(|error| Some((progress.recorded.take()?, error.clone())));
+        let wrong = match wrong {
+            Some((recorded, error)) => self.correct(&name, &recorded, &error).await.is_err().then_some((recorded, error)),
+            None => None,
+        };
+        if wrong.is_none() {
+            self.snapshots.borrow_mut().remove(&name);
+        }
         if let Err(error) = &outcome {
             tracing::warn!(event = "snapshot_failed", snapshot = %name, cause = %error, "the snapshot does not count");
             if progress.info().state != SnapshotState::Failed {
@@ -146,6 +156,27 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         }
         self.jobs.conclude(&progress.job, outcome);
         drop(place);
+        let Some((recorded, error)) = wrong else { return };
+        // For as long as the catalogue may say something else, this is what is shown. Start-up finds that it failed if we do not get that far.
+        while !self.is_stopping() {
+            self.environment.sleep_until(self.environment.now() + CORRECTION_INTERVAL).await;
+            if self.correct(&name, &recorded, &error).await.is_ok() {
+                tracing::info!(event = "catalogue_corrected", snapshot = %name, "the catalogue says now that the snapshot has failed");
+                break;
+            }
+        }
+        self.snapshots.borrow_mut().remove(&name);
+    }
+
+    /// Makes the catalogue agree that a snapshot has failed.
+    async fn correct(&self, name: &str, recorded: &Recorded, error: &str) -> Result<(), CatalogueError> {
+        let (name, error, recorded) = (name.to_owned(), error.to_owned(), recorded.clone());
+        self.catalogue
+            .run(move |store| match recorded {
+                Recorded::Perhaps(intent) => store.drop_intent(&intent),
+                Recorded::Switching => store.fail(&name, &error),
+            })
+            .await
     }
 
     async fn take_snapshot(self: &Rc<Self>, asked: Asked, deadline_ms: u64, progress: &Progress, place: &Place) -> Result<(), RunError> {
@@ -168,12 +199,18 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let intended = record.clone();
         if let Err(error) = self.catalogue.run(move |store| store.intend(&intended)).await {
             // The record may be there all the same, and whatever it names is waited for at the next start. So it goes first.
-            match self.catalogue.run(move |store| store.drop_intent(&record)).await {
+            let intended = record.clone();
+            match self.catalogue.run(move |store| store.drop_intent(&intended)).await {
                 Ok(()) => self.undo(cuts).await,
-                Err(_) => self.leave(cuts).await, // The first failure is what is reported.
+                // The first failure is what is reported.
+                Err(_) => {
+                    self.leave(cuts).await;
+                    progress.recorded.replace(Some(Recorded::Perhaps(record)));
+                }
             }
             return Err(error.into());
         }
+        progress.recorded.replace(Some(Recorded::Switching));
         job.step();
         let devices: Vec<_> = cuts.iter().map(|cut| Rc::clone(&cut.device)).collect();
         for device in &devices {
@@ -421,7 +458,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         };
         if let Some(failure) = failure {
             if let Err(error) = recorded {
-                tracing::error!(event = "catalogue_failed", snapshot = %name, cause = %error, "start-up will find that it failed");
+                tracing::error!(event = "catalogue_failed", snapshot = %name, cause = %error, "that it failed is not recorded yet");
             }
             return Err(failure);
         }

@@ -230,6 +230,57 @@ fn a_catalogue_that_cannot_be_written_stops_snapshots_before_the_switch() {
 }
 
 #[test]
+fn a_snapshot_that_the_catalogue_did_not_conclude_has_failed_for_everybody() {
+    for adopted in [false, true] {
+        let mut simulation = Simulation::new(26);
+        let environment = simulation.environment().clone();
+        simulation.block_on(async move {
+            let world = World::new(&environment);
+            for device in ["vda", "vdb"] {
+                world.serve_new(device).await;
+            }
+            world.write("vda", 0, 1).await;
+            let asked = json!({ "name": "s", "devices": [{ "device": "vda" }], "deadline-ms": 10_000 });
+            if adopted {
+                environment.inject(Fault::once(OperationKind::Flush, 0).on("/vm/vda.qcow2").with(FaultEffect::Hang));
+                world.done("snapshot-create", asked).await;
+                world.pause().await;
+                world.catalogue.break_down();
+                environment.release_hung();
+            } else {
+                world.occupy("vda");
+                let answer = world.begin("snapshot-create", asked);
+                world.switching("vda").await;
+                world.catalogue.break_down();
+                world.park("vda");
+                answer.wait().await.expect("it has switched");
+            }
+            let failed = world.settled("s").await;
+            assert!(failed["error"].as_str().expect("a reason").starts_with("the catalogue cannot be "), "{failed}");
+            world.concluded("job1").await;
+            assert_eq!(world.done("snapshot-show", json!({ "name": "s" })).await["state"], "failed");
+            assert_eq!(world.layers("vda").await.len(), 2);
+            world.catalogue.heal();
+            // Whatever the catalogue had: in the end it says what the client was told.
+            assert_eq!(world.snapshot("t", &["vda", "vdb"]).await["state"], "frozen", "the catalogue works again");
+            world
+                .until("the catalogue agrees", async || {
+                    let found = world.manager.catalogue().run(|store| Ok((store.snapshot("s")?, store.device("vda")?))).await;
+                    let (snapshot, device) = found.expect("readable");
+                    let state = snapshot.expect("recorded").state;
+                    assert_eq!(world.done("snapshot-list", json!({})).await[0]["state"], "failed", "{state:?}");
+                    assert_eq!(device.expect("recorded").top().expect("a layer").path, std::path::Path::new("/vm/vda.t.qcow2"));
+                    state == snapfenced::catalogue::SnapshotState::Failed
+                })
+                .await;
+            let world = world.restart().await;
+            world.serve("name=vda,image=/vm/vda.qcow2,format=qcow2,socket=/run/vda").await.expect("served");
+            assert_eq!(world.layers("vda").await, ["/vm/vda.t.qcow2", "/vm/vda.s.qcow2", "/vm/vda.qcow2"]);
+        });
+    }
+}
+
+#[test]
 fn an_intent_that_may_have_been_recorded_does_not_keep_the_device_from_starting() {
     let mut depths = std::collections::BTreeSet::new();
     for syncs in [None, Some(0), Some(1), Some(2)] {

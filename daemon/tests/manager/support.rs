@@ -161,6 +161,11 @@ impl CatalogueFile {
         self.change(|bytes| bytes.breaks_after_syncs = Some(syncs));
     }
 
+    /// Everything can be written again.
+    pub(crate) fn heal(&self) {
+        self.change(|bytes| (bytes.broken, bytes.breaks_after_syncs) = (false, None));
+    }
+
     fn writable(&self) -> io::Result<()> {
         if self.change(|bytes| bytes.broken) { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
     }
