@@ -45,6 +45,7 @@ impl Catalogue {
             source,
         })?;
         let mut store = Store::open(&state_dir.database())?;
+        state_dir.flush()?;
         let (operations, received) = mpsc::channel::<Operation>();
         let run = move || {
             // Held for as long as the store is open.

@@ -1,6 +1,7 @@
 //! The directory in which the daemon keeps what outlives it.
 
 use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -32,7 +33,13 @@ impl StateDir {
             let path = path.to_owned();
             move |source| CatalogueError::StateDirectory { action, path, source }
         };
+        let missing: Vec<_> = path.ancestors().take_while(|directory| !directory.exists()).map(Path::to_owned).collect();
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make the state directory", path))?;
+        // A name is durable once the directory that has it is.
+        for made in &missing {
+            let directory = made.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            flush_directory(directory).map_err(failed("flush", directory))?;
+        }
         let lock_path = path.join("lock");
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -67,9 +74,27 @@ impl StateDir {
         self.path.join("kept")
     }
 
+    /// Makes the names in it durable: call when the database is there, before anything depends on it. A start that finds it there does this
+    /// too, for the one before may have ended in between.
+    ///
+    /// # Errors
+    /// If the directory cannot be flushed.
+    pub fn flush(&self) -> Result<(), CatalogueError> {
+        let path = self.path.clone();
+        flush_directory(&self.path).map_err(|source| CatalogueError::StateDirectory { action: "flush", path, source })
+    }
+
     /// Where the database is.
     pub fn database(&self) -> PathBuf {
         self.path.join("catalogue.redb")
+    }
+}
+
+fn flush_directory(path: &Path) -> io::Result<()> {
+    match File::open(path) {
+        // In it names can be made and not be listed; nobody but its owner can flush it then.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        opened => opened?.sync_all(),
     }
 }
 
