@@ -195,6 +195,8 @@ enum FillState {
 }
 
 struct Entries {
+    /// Bytes that the map counts for this page; `None` once it is dropped, though whoever is filling it goes on.
+    counted: Option<usize>,
     units: Box<[Entry; UNITS]>,
     rows: Vec<Box<[Entry]>>,
     free_rows: Vec<usize>,
@@ -250,17 +252,10 @@ impl Page {
     fn lock_state(&self) -> MutexGuard<'_, FillState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Stores pieces that lie in this page where nothing is known yet. Returns by how many bytes the page has grown.
-    pub(super) fn fill(&self, pieces: &[Piece], grain: u64) -> usize {
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        let before = entries.rows.len();
-        for piece in pieces {
-            entries.store(self.start, *piece, grain, true);
-        }
-        (entries.rows.len() - before) * row_bytes(grain)
-    }
 }
+
+/// What a page without rows takes.
+const BARE_PAGE_BYTES: usize = UNITS * size_of::<Entry>();
 
 fn row_bytes(grain: u64) -> usize {
     (UNIT_BYTES / grain) as usize * size_of::<Entry>()
@@ -268,7 +263,7 @@ fn row_bytes(grain: u64) -> usize {
 
 impl Entries {
     fn new() -> Self {
-        Self { units: Box::new([Entry::UNKNOWN; UNITS]), rows: Vec::new(), free_rows: Vec::new() }
+        Self { counted: Some(BARE_PAGE_BYTES), units: Box::new([Entry::UNKNOWN; UNITS]), rows: Vec::new(), free_rows: Vec::new() }
     }
 
     fn store(&mut self, page_start: GuestOffset, piece: Piece, grain: u64, only_unknown: bool) {
@@ -397,11 +392,29 @@ impl ChainMap {
             let Some(page) = self.page(part.start) else { continue };
             let place = piece.place.advance(part.start - piece.range.start);
             let mut entries = page.entries.write().unwrap_or_else(PoisonError::into_inner);
-            let before = entries.rows.len();
             entries.store(page.start, Piece { range: part, place }, self.grain, false);
-            let grown = (entries.rows.len() - before) * row_bytes(self.grain);
-            drop(entries);
-            self.used.fetch_add(grown, Ordering::Relaxed);
+            self.count(&mut entries);
+        }
+    }
+
+    /// Stores pieces that lie in `page` where nothing is known yet, and keeps to the budget.
+    pub(super) fn fill(&self, page: &Page, pieces: &[Piece]) {
+        let mut entries = page.entries.write().unwrap_or_else(PoisonError::into_inner);
+        for piece in pieces {
+            entries.store(page.start, *piece, self.grain, true);
+        }
+        self.count(&mut entries);
+        drop(entries);
+        self.shrink(page_number(page.start));
+    }
+
+    /// Counts what a page has grown by, if it is in its place. Under the page's lock, so that whoever drops it takes back what was added.
+    fn count(&self, entries: &mut Entries) {
+        let bytes = BARE_PAGE_BYTES + entries.rows.len() * row_bytes(self.grain);
+        if let Some(counted) = &mut entries.counted {
+            // Rows are used again and never given up.
+            self.used.fetch_add(bytes - *counted, Ordering::Relaxed);
+            *counted = bytes;
         }
     }
 
@@ -419,17 +432,17 @@ impl ChainMap {
             state: Mutex::new(FillState::Empty),
             filled: WaitQueue::new(),
         });
+        self.used.fetch_add(BARE_PAGE_BYTES, Ordering::Relaxed);
         *slot = Some(Arc::clone(&page));
         drop(slot);
         self.made.lock().unwrap_or_else(PoisonError::into_inner).push_back(number);
-        self.account(UNITS * size_of::<Entry>(), number);
+        self.shrink(number);
         page
     }
 
-    /// Adds to the memory in use, and drops the oldest pages but `keep` until the budget holds again.
-    pub(super) fn account(&self, bytes: usize, keep: usize) {
-        let mut used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        while used > self.budget {
+    /// Drops the oldest pages but `keep` until the budget holds again.
+    fn shrink(&self, keep: usize) {
+        while self.memory_bytes() > self.budget {
             let oldest = {
                 let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
                 match made.iter().position(|number| *number != keep) {
@@ -438,8 +451,7 @@ impl ChainMap {
                 }
             };
             let Some(number) = oldest else { return };
-            let freed = self.drop_page(number);
-            used = self.used.fetch_sub(freed, Ordering::Relaxed) - freed;
+            self.drop_page(number);
         }
     }
 
@@ -448,13 +460,13 @@ impl ChainMap {
         self.used.load(Ordering::Relaxed)
     }
 
-    fn drop_page(&self, number: usize) -> usize {
-        let Some(chunk) = self.chunks[number / PAGES_PER_CHUNK].get() else { return 0 };
+    fn drop_page(&self, number: usize) {
+        let Some(chunk) = self.chunks[number / PAGES_PER_CHUNK].get() else { return };
         let page = chunk[number % PAGES_PER_CHUNK].write().unwrap_or_else(PoisonError::into_inner).take();
-        page.map_or(0, |page| {
-            let entries = page.entries.read().unwrap_or_else(PoisonError::into_inner);
-            UNITS * size_of::<Entry>() + entries.rows.len() * row_bytes(self.grain)
-        })
+        if let Some(page) = page {
+            let mut entries = page.entries.write().unwrap_or_else(PoisonError::into_inner);
+            self.used.fetch_sub(entries.counted.take().unwrap_or(0), Ordering::Relaxed);
+        }
     }
 
     fn page(&self, at: GuestOffset) -> Option<Arc<Page>> {
@@ -509,7 +521,7 @@ mod tests {
     fn filled(pieces: &[Piece]) -> ChainMap {
         let map = ChainMap::new(1 << 30, GRAIN, 1 << 20);
         let page = map.page_to_fill(GuestOffset::ZERO);
-        page.fill(pieces, GRAIN);
+        map.fill(&page, pieces);
         map
     }
 
@@ -547,7 +559,7 @@ mod tests {
     fn filling_leaves_what_is_known() {
         let map = filled(&[]);
         map.record(data(4096, GRAIN, 1, 0));
-        map.page(GuestOffset::ZERO).expect("made above").fill(&[data(0, PAGE_BYTES, 5, 1 << 30)], GRAIN);
+        map.fill(&map.page(GuestOffset::ZERO).expect("made above"), &[data(0, PAGE_BYTES, 5, 1 << 30)]);
         assert_eq!(lookup(&map, range(4096, GRAIN), 9).expect("all known"), [data(4096, GRAIN, 1, 0)]);
         assert_eq!(lookup(&map, range(0, GRAIN), 9).expect("all known"), [data(0, GRAIN, 5, 1 << 30)]);
     }
@@ -564,6 +576,22 @@ mod tests {
         let map = filled(&[data(0, 512, 0, 0), Piece { range: range(512, PAGE_BYTES - 512), place: Place::Zero { layer: 0 } }]);
         assert_eq!(lookup(&map, range(0, 512), 0), Err(Miss::Unusable));
         assert_eq!(lookup(&map, range(4096, 512), 0).expect("known").len(), 1);
+    }
+
+    #[test]
+    fn what_is_put_into_a_page_that_was_dropped_is_not_counted() {
+        let map = ChainMap::new(1 << 30, GRAIN, BARE_PAGE_BYTES);
+        let pieces: Vec<_> = (0..512).map(|unit| data(unit * UNIT_BYTES, GRAIN, 0, 1 << 20)).collect();
+        let first = map.page_to_fill(GuestOffset::ZERO);
+        let second = map.page_to_fill(GuestOffset::new(PAGE_BYTES));
+        assert!(map.page(GuestOffset::ZERO).is_none(), "dropped while it is being filled");
+        map.fill(&first, &pieces);
+        assert_eq!(map.memory_bytes(), BARE_PAGE_BYTES);
+        map.record(data(PAGE_BYTES, GRAIN, 1, 0));
+        assert_eq!(map.memory_bytes(), BARE_PAGE_BYTES + row_bytes(GRAIN));
+        drop(second);
+        map.page_to_fill(GuestOffset::new(2 * PAGE_BYTES));
+        assert_eq!(map.memory_bytes(), BARE_PAGE_BYTES);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::map::{self, Miss, PAGE_BYTES, Piece, Pieces, Place, push_piece};
+use super::map::{Miss, PAGE_BYTES, Piece, Pieces, Place, push_piece};
 use super::{View, whole_disk};
 use crate::buffer::{AlignedBuffer, Buffer, SharedVectors};
 use crate::error::{LayerError, Structure};
@@ -120,8 +120,7 @@ impl<E: Environment> View<E> {
         let range = duty.page().range().intersection(whole_disk(self.virtual_size()));
         let mut pieces = Pieces::new();
         walk(&layers, range, &mut pieces).await?;
-        let grown = duty.page().fill(&pieces, self.map.grain());
-        self.map.account(grown, map::page_number(at));
+        self.map.fill(duty.page(), &pieces);
         duty.complete();
         debug_assert!(range.len <= PAGE_BYTES, "a page covers at most its own range");
         Ok(())
