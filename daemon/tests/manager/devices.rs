@@ -4,7 +4,7 @@ use serde_json::json;
 use snapfence::protocol::ErrorClass;
 use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::storage::Environment;
-use snapfence_image_format::storage::simulated::Simulation;
+use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, Simulation};
 
 use super::support::{CatalogueFile, DISK, World};
 
@@ -244,6 +244,33 @@ fn removal_waits_for_the_snapshots_before_it() {
         }
         assert_eq!(world.done("snapshot-list", json!({})).await.as_array().map(Vec::len), Some(2));
         assert_eq!(world.done("device-list", json!({})).await, json!([]));
+    });
+}
+
+#[test]
+fn nobody_waits_for_ever_for_a_disk_that_hangs() {
+    let mut simulation = Simulation::new(18);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        for device in ["vda", "vdb", "vdc"] {
+            world.serve_new(device).await;
+            world.write(device, 0, 1).await;
+        }
+        for device in ["vda", "vdb"] {
+            environment.inject(Fault::lasting(OperationKind::Flush, 0).on(format!("/vm/{device}.qcow2")).with(FaultEffect::Hang));
+        }
+        // A freeze that hangs keeps the device, and whoever removes it is told.
+        world.done("snapshot-create", json!({ "name": "s", "devices": [{ "device": "vda" }] })).await;
+        let refused = world.ask("device-remove", json!({ "name": "vda" })).await.expect_err("busy").desc;
+        assert!(refused.starts_with("device 'vda' is not removed: what is under way on it has not ended within 30 s"), "{refused}");
+        // A last flush that hangs does not.
+        let refused = world.ask("device-remove", json!({ "name": "vdb" })).await.expect_err("abandoned").desc;
+        assert!(refused.starts_with("device 'vdb' is removed, but requests of it have not ended within 30 s"), "{refused}");
+        assert_eq!(world.done("device-list", json!({})).await.as_array().map(Vec::len), Some(2));
+        let began = environment.now();
+        assert_eq!(world.manager.stop().await, Err(vec!["vda".to_owned()]));
+        assert!(environment.now() - began < std::time::Duration::from_secs(100));
     });
 }
 
