@@ -123,6 +123,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         &self.catalogue
     }
 
+    /// Whose queue threads its fences wait for; somebody should see to their deadlines.
+    pub fn fences(&self) -> Arc<FenceDomain> {
+        Arc::clone(&self.domain)
+    }
+
     /// The device of that name.
     pub fn device(&self, name: &str) -> Option<Rc<Device<E, H>>> {
         self.devices.borrow().get(name).cloned()

@@ -1,8 +1,8 @@
 //! The daemon as a process: from its options to its end.
 //!
 //! The control thread runs the [`Manager`] and everything that is not a request of a guest: one reactor, on the process's first thread. Beside it
-//! there are the queue threads (`workers`), an accepting and a message thread per device, the control socket's threads, and the
-//! catalogue's.
+//! there are the queue threads (`workers`), an accepting and a message thread per device, the control socket's threads, the catalogue's, and one
+//! that lets fences expire in time whatever holds up the control thread.
 
 mod host;
 mod inbox;
@@ -66,6 +66,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     };
     let served = reactor.block_on(async move {
         let manager = Manager::new(parts, sink, move || quit.ask("the control socket"));
+        let fences = manager.fences();
+        let watching = std::thread::Builder::new().name("fences".to_owned()).spawn(move || fences.expire_overdue());
+        watching.context("cannot start a thread for deadlines")?;
         let outcome = match start(&manager, options, events).await {
             Ok((server, inbox)) => serve(&manager, server, &inbox, &stop).await,
             Err(error) => {

@@ -335,9 +335,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         };
         let began = self.environment.now();
         let old_views: Vec<_> = cuts.iter().zip(views).map(|(cut, view)| cut.device.stack.publish(view)).collect();
-        fence.switch();
+        let deadline = began + Duration::from_millis(deadline_ms);
+        fence.switch_until(deadline);
         let outcome = {
-            let deadline = std::pin::pin!(self.environment.sleep_until(began + Duration::from_millis(deadline_ms)));
+            let deadline = std::pin::pin!(self.environment.sleep_until(deadline));
             match select(std::pin::pin!(fence.ended()), deadline).await {
                 Either::Left((outcome, _)) => outcome,
                 Either::Right(_) => fence.expire(),

@@ -15,7 +15,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::runtime::WaitQueue;
@@ -59,6 +59,8 @@ pub struct FenceDomain {
     /// Fences that are switching. The count beside it lets threads pass without the lock.
     pending: Mutex<Vec<Arc<Fence>>>,
     pending_count: AtomicUsize,
+    /// There is a new one.
+    has_pending: Condvar,
     clock: Box<dyn Fn() -> Duration + Send + Sync>,
 }
 
@@ -69,6 +71,7 @@ impl FenceDomain {
             generation: AtomicU64::new(FIRST),
             pending: Mutex::default(),
             pending_count: AtomicUsize::new(0),
+            has_pending: Condvar::new(),
             clock: Box::new(clock),
         })
     }
@@ -84,6 +87,7 @@ impl FenceDomain {
             domain: Arc::clone(self),
             state: AtomicU8::new(HELD),
             generation: AtomicU64::new(u64::MAX),
+            deadline: OnceLock::new(),
             members: Mutex::default(),
             ended: WaitQueue::new(),
             times: Mutex::default(),
@@ -93,6 +97,33 @@ impl FenceDomain {
     /// Lets every running participant load its views again at its next turn.
     pub(super) fn advance(&self) -> u64 {
         self.generation.fetch_add(1, SeqCst) + 1
+    }
+
+    /// Expires fences whose deadline has passed, for ever. For a thread of its own: whoever waits for a fence among other work may be held up by
+    /// a file server that hangs, and guests must not wait for it.
+    pub fn expire_overdue(&self) -> ! {
+        loop {
+            let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let now = (self.clock)();
+            let deadlines = pending.iter().filter_map(|fence| fence.deadline().map(|deadline| (deadline, fence)));
+            let mut next = None;
+            for (deadline, fence) in deadlines {
+                if deadline <= now {
+                    fence.expire();
+                } else {
+                    next = Some(next.map_or(deadline, |earlier: Duration| earlier.min(deadline)));
+                }
+            }
+            let known = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            if known.iter().any(|fence| !pending.iter().any(|looked_at| Arc::ptr_eq(looked_at, fence))) {
+                continue;
+            }
+            drop(pending);
+            match next {
+                None => drop(self.has_pending.wait(known)),
+                Some(deadline) => drop(self.has_pending.wait_timeout(known, deadline.saturating_sub(now))),
+            }
+        }
     }
 
     fn release_passed(&self) {
@@ -295,6 +326,8 @@ pub struct Fence {
     state: AtomicU8,
     /// What participants must show; the maximum before the switch, so that nobody has passed yet.
     generation: AtomicU64,
+    /// When it expires by itself, if somebody looks ([`FenceDomain::expire_overdue`]).
+    deadline: OnceLock<Duration>,
     members: Mutex<Vec<Arc<Part>>>,
     ended: WaitQueue,
     times: Mutex<Times>,
@@ -311,6 +344,17 @@ impl Fence {
         self.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As [`switch`](Self::switch); expires once the domain's clock shows `deadline`.
+    pub fn switch_until(self: &Arc<Self>, deadline: Duration) {
+        // A fence is switched once.
+        let _ = self.deadline.set(deadline);
+        self.switch();
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        self.deadline.get().copied()
+    }
+
     /// Begins the switch. Call right after publishing the prepared view of every member. Releases at once if nobody needs to be waited for.
     pub fn switch(self: &Arc<Self>) {
         self.lock_times().began = (self.domain.clock)();
@@ -321,6 +365,9 @@ impl Fence {
         }
         self.generation.store(self.domain.advance(), SeqCst);
         self.release_if_passed();
+        if self.outcome().is_none() {
+            self.domain.has_pending.notify_all();
+        }
     }
 
     /// Gives up waiting: completions go on, the outcome is [`FenceOutcome::Expired`] unless it was decided before. Also for a fence whose
@@ -459,6 +506,37 @@ mod tests {
         assert_eq!(fence.expire(), FenceOutcome::Expired);
         running.begin_turn(|| {});
         assert_eq!(fence.outcome(), Some(FenceOutcome::Expired));
+    }
+
+    #[test]
+    fn a_deadline_passes_although_nobody_who_waits_can_move() {
+        let began = std::time::Instant::now();
+        let domain = FenceDomain::new(move || began.elapsed());
+        let watched = Arc::clone(&domain);
+        std::thread::spawn(move || watched.expire_overdue());
+        let marks = Arc::new(Marks::default());
+        let mut running = domain.join();
+        let _attachment = running.attach(&marks);
+        for deadlines_ms in [&[30_u64][..], &[200, 20], &[20, 200]] {
+            running.begin_turn(|| {});
+            let fences: Vec<_> =
+                deadlines_ms.iter().map(|deadline| (fence_over(&domain, &[&marks]), Duration::from_millis(*deadline))).collect();
+            let began = (domain.clock)();
+            for (fence, deadline) in &fences {
+                fence.switch_until(began + *deadline);
+            }
+            for (fence, deadline) in &fences {
+                while fence.outcome().is_none() {
+                    assert!((domain.clock)() - began < Duration::from_secs(60), "it does not expire");
+                    std::thread::yield_now();
+                }
+                assert_eq!(fence.outcome(), Some(FenceOutcome::Expired));
+                assert!((domain.clock)() - began >= *deadline, "too early");
+            }
+        }
+        let quick = fence_over(&domain, &[]);
+        quick.switch_until(Duration::MAX);
+        assert_eq!(quick.outcome(), Some(FenceOutcome::Released));
     }
 
     #[test]
