@@ -30,6 +30,8 @@ fn main() -> ExitCode {
         .with_target(false)
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
+        // It would tell of a log that cannot be written by a panic, since standard error cannot be written either.
+        .log_internal_errors(false)
         .init();
     match server::run(options) {
         Ok(()) => {

@@ -22,10 +22,12 @@ impl StopRequest {
 
     /// Asks for the end. Once is enough.
     pub(super) fn ask(&self, who: &str) {
-        if !self.asked.swap(true, Ordering::SeqCst) {
+        let first = !self.asked.swap(true, Ordering::SeqCst);
+        // Before anything is said of it: whatever becomes of the log, the daemon ends.
+        self.changed.notify_all();
+        if first {
             tracing::info!(event = "stopping", asked_by = who, "finishing what is under way");
         }
-        self.changed.notify_all();
     }
 
     /// Ends when the daemon shall.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use snapfence::client::Client;
 
 use super::PATIENCE;
@@ -20,13 +21,24 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts a daemon that keeps everything in `directory`, and waits until it answers.
     pub(crate) fn start(directory: &Path, devices: &[String]) -> Self {
+        Self::run(Self::command(directory, devices), directory)
+    }
+
+    /// What [`Daemon::start`] runs, to be changed.
+    pub(crate) fn command(directory: &Path, devices: &[String]) -> Command {
         let log = std::fs::File::options().create(true).append(true).open(directory.join("log")).expect("a log");
         let mut command = Command::new(env!("CARGO_BIN_EXE_snapfenced"));
         command.arg("--control").arg(directory.join("control")).arg("--state-dir").arg(directory.join("state"));
         for device in devices {
             command.arg("--device").arg(device);
         }
-        let child = command.stdin(Stdio::null()).stderr(log).spawn().expect("a daemon that starts");
+        command.stdin(Stdio::null()).stderr(log);
+        command
+    }
+
+    /// Runs a daemon that keeps everything in `directory`, and waits until it answers.
+    pub(crate) fn run(mut command: Command, directory: &Path) -> Self {
+        let child = command.spawn().expect("a daemon that starts");
         let mut daemon = Self { child, directory: directory.to_owned() };
         daemon.wait_until("the control socket", |daemon| Client::connect(&daemon.control()).is_ok());
         daemon
@@ -88,9 +100,16 @@ impl Daemon {
     }
 
     /// Asks it to end, and expects a clean end.
-    pub(crate) fn stop(mut self) {
-        let id = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(id, rustix::process::Signal::TERM).expect("a living process");
+    pub(crate) fn stop(self) {
+        self.signal(Signal::TERM);
+        self.await_clean_end();
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).expect("a living process");
+    }
+
+    pub(crate) fn await_clean_end(mut self) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("a child") {

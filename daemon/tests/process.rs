@@ -1,0 +1,43 @@
+//! The daemon as a process among others: its log, its signals, and what it says of a start that fails.
+
+mod common;
+
+use std::path::Path;
+use std::process::Stdio;
+
+use common::daemon::Daemon;
+use common::make_qcow2;
+use snapfence::protocol::{SnapshotCreate, SnapshotMember};
+use snapfence_image_format::qcow2::CreateOptions;
+
+/// A device with a new image, as the command line describes it.
+fn device(directory: &Path, name: &str) -> String {
+    let path = |suffix| directory.join(format!("{name}.{suffix}"));
+    make_qcow2(&path("qcow2"), CreateOptions::standalone(1 << 20));
+    format!("name={name},image={},format=qcow2,socket={}", path("qcow2").display(), path("sock").display())
+}
+
+fn take_snapshot(daemon: &Daemon, name: &str) {
+    let member = SnapshotMember { device: "vda".into(), overlay: None, format: None };
+    let asked = SnapshotCreate { name: name.into(), devices: vec![member], create: false, deadline_ms: None, job_id: None };
+    daemon.client().call(&asked).expect("a snapshot");
+}
+
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let nobody_reads = || Stdio::from(std::io::pipe().expect("a pipe").1);
+    let full_disk = || Stdio::from(std::fs::File::options().write(true).open("/dev/full").expect("a device"));
+    for log in [nobody_reads(), full_disk()] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut command = Daemon::command(directory.path(), &[device(directory.path(), "vda")]);
+        command.stderr(log);
+        let daemon = Daemon::run(command, directory.path());
+        take_snapshot(&daemon, "s1");
+        // A refusal is logged as well.
+        let refused = daemon.client().execute("device-remove", serde_json::json!({ "name": "vdb" }));
+        assert!(refused.expect_err("no such device").to_string().contains("vdb"));
+        take_snapshot(&daemon, "s2");
+        daemon.stop();
+        assert!(!directory.path().join("vda.sock").exists() && !directory.path().join("control").exists());
+    }
+}
