@@ -3,10 +3,11 @@
 mod common;
 
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use common::daemon::Daemon;
 use common::make_qcow2;
+use rustix::process::Signal;
 use snapfence::protocol::{SnapshotCreate, SnapshotMember};
 use snapfence_image_format::qcow2::CreateOptions;
 
@@ -40,4 +41,27 @@ fn a_log_that_cannot_be_written_stops_nothing() {
         daemon.stop();
         assert!(!directory.path().join("vda.sock").exists() && !directory.path().join("control").exists());
     }
+}
+
+#[test]
+fn each_signal_to_end_ends_in_good_order() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let daemon = Daemon::start(directory.path(), &[device(directory.path(), "vda")]);
+        daemon.signal(signal);
+        daemon.await_clean_end();
+        assert!(!directory.path().join("vda.sock").exists() && !directory.path().join("control").exists(), "{signal:?}");
+    }
+}
+
+#[test]
+fn nohup_keeps_it_running_without_its_terminal() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let plain = Daemon::command(directory.path(), &[device(directory.path(), "vda")]);
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(plain.get_program()).args(plain.get_args());
+    let daemon = Daemon::run(command, directory.path());
+    daemon.signal(Signal::HUP);
+    take_snapshot(&daemon, "s1");
+    daemon.stop();
 }
