@@ -10,6 +10,7 @@
 //! - [`options`]: the command line and the configuration file.
 //! - [`server`]: all of it, as a process.
 //! - [`snapshot`]: group snapshots.
+//! - [`socket`]: sockets that have a path.
 //! - [`vring`]: virtqueues, and the requests in them.
 //! - [`worker`]: queue threads.
 
@@ -23,5 +24,6 @@ pub mod name;
 pub mod options;
 pub mod server;
 pub mod snapshot;
+pub mod socket;
 pub mod vring;
 pub mod worker;

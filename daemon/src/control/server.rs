@@ -1,8 +1,6 @@
 //! The socket and its connections.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::net::SocketFlags;
 use snapfence::protocol::Failure;
 
 use super::connection::Connection;
@@ -21,6 +19,7 @@ use super::encode;
 use super::outbox::Outbox;
 use super::peer::Peer;
 use super::{Commands, Events};
+use crate::socket::{BindError, SocketFile, listen_at};
 
 /// Connections waiting to be accepted.
 const BACKLOG: i32 = 128;
@@ -91,9 +90,8 @@ pub enum ServerError {
 pub struct Server {
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<()>>,
-    path: PathBuf,
-    /// Device and inode of the socket, so that a stranger's is not removed.
-    identity: Option<(u64, u64)>,
+    /// Goes as soon as nobody accepts any more.
+    file: Option<SocketFile>,
 }
 
 #[derive(Debug)]
@@ -120,13 +118,12 @@ impl Server {
     pub fn start(options: ServerOptions, commands: Arc<dyn Commands>, events: Events) -> Result<Self, ServerError> {
         let path = options.path.clone();
         let failed = |source: io::Error| ServerError::Listen { path: path.clone(), source };
-        let listener = open(&path)?;
-        let identity = fs::symlink_metadata(&path).map(|found| (found.dev(), found.ino())).ok();
+        let (listener, file) = open(&path)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
         let shared = Arc::new(Shared { connections: Mutex::default(), ended: Condvar::new(), stop });
         let acceptor = Acceptor { listener, options, commands, events, shared: shared.clone() };
         let acceptor = thread::Builder::new().name("control".to_owned()).spawn(move || acceptor.run()).map_err(failed)?;
-        Ok(Self { shared, acceptor: Some(acceptor), path, identity })
+        Ok(Self { shared, acceptor: Some(acceptor), file: Some(file) })
     }
 
     /// Ends all connections: a request under way may still be answered for a second, then each is closed. Removes the socket.
@@ -138,12 +135,7 @@ impl Server {
 
     fn end(&mut self) {
         let Some(acceptor) = self.acceptor.take() else { return };
-        if self.identity.is_some()
-            && self.identity == fs::symlink_metadata(&self.path).map(|found| (found.dev(), found.ino())).ok()
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::warn!(event = "control_socket_left", path = %self.path.display(), %error, "cannot remove the control socket");
-        }
+        drop(self.file.take());
         // The counter of a new eventfd cannot be full.
         let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
         if acceptor.join().is_err() {
@@ -172,31 +164,14 @@ impl Drop for Server {
 }
 
 /// Makes the listening socket.
-fn open(path: &Path) -> Result<UnixListener, ServerError> {
-    let owned = || path.to_owned();
-    let failed = |source: io::Error| ServerError::Listen { path: owned(), source };
-    let address = SocketAddrUnix::new(path).map_err(|error| match error {
-        Errno::NAMETOOLONG => ServerError::TooLong { path: owned(), bytes: path.as_os_str().len() },
-        other => failed(other.into()),
-    })?;
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(failed(error)),
-        Ok(found) if !found.file_type().is_socket() => return Err(ServerError::NotASocket { path: owned() }),
-        Ok(_) => match UnixStream::connect(path) {
-            Ok(_) => return Err(ServerError::InUse { path: owned() }),
-            // Left behind by a daemon that was killed.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
-            Err(error) => return Err(failed(error)),
-        },
-    }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|error| failed(error.into()))?;
-    // On Linux the file gets the mode of the unbound socket, less the umask: there is no moment at which others could connect.
-    fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|error| failed(error.into()))?;
-    bind(&socket, &address).map_err(|error| failed(error.into()))?;
-    listen(&socket, BACKLOG).map_err(|error| failed(error.into()))?;
-    Ok(socket.into())
+fn open(path: &Path) -> Result<(UnixListener, SocketFile), ServerError> {
+    let path_of = || path.to_owned();
+    listen_at(path, Mode::RUSR | Mode::WUSR, SocketFlags::NONBLOCK, BACKLOG).map_err(|error| match error {
+        BindError::TooLong { bytes } => ServerError::TooLong { path: path_of(), bytes },
+        BindError::NotASocket => ServerError::NotASocket { path: path_of() },
+        BindError::InUse => ServerError::InUse { path: path_of() },
+        BindError::System(source) => ServerError::Listen { path: path_of(), source },
+    })
 }
 
 /// The listener thread.
