@@ -161,7 +161,6 @@ fn what_does_not_fit_is_refused_before_anything_is_done() {
         ("[]", "JSON parse error"),
         ("}", "JSON parse error"),
         ("{\"execute\":\"quit", "JSON parse error"),
-        ("{\"execute\":\"quit\"", "JSON parse error"),
         ("\u{1}", "JSON parse error"),
         ("{\"execute\":\"quit\\ud800\"}", "JSON parse error"),
         (&deep, "JSON parse error, recursion limit"),
@@ -224,6 +223,44 @@ fn requests_arrive_in_any_portions() {
         assert_eq!(client.receive(), json!({ "return": { "did": "query-jobs" }, "id": id }));
     }
     sender.join().unwrap();
+}
+
+#[test]
+fn a_request_may_take_its_time_and_is_never_cut_up() {
+    let running = start();
+    let mut client = running.negotiated();
+    client.send("{\"execute\": \"snapshot-list\",\n");
+    // Longer than any clock that would cut it up; what comes then would be a request of its own.
+    thread::sleep(Duration::from_millis(1500));
+    client.send("\"id\":\n{\"execute\": \"device-list\"}\n}\n");
+    assert_eq!(client.receive(), json!({ "return": { "did": "snapshot-list" }, "id": { "execute": "device-list" } }));
+    client.alive();
+    assert_eq!(running.fake.executed.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn a_request_that_never_ends_costs_its_connection_in_the_end() {
+    let running = start_with(|options| options.patience = Duration::from_millis(200));
+    let mut idle = running.negotiated();
+    for beginning in ["{\"execute\":\n{\"execute\": \"device-list\"}\n", "{\"execute\"", "hello"] {
+        let mut client = running.negotiated();
+        client.send(beginning);
+        assert!(desc(&client.receive()).contains("ends within an object"));
+        client.closed();
+    }
+    // Not while a command keeps the rest from being read.
+    let mut busy = running.negotiated();
+    busy.send(r#"{"execute":"stack-show","arguments":{"device":"a"}}"#);
+    let reply = running.held.recv().unwrap();
+    let mut rest = format!("{{\"execute\": \"device-list\",{}", " ".repeat(200_000)).into_bytes();
+    rest.extend(b"\"id\": 1}");
+    busy.send(rest);
+    thread::sleep(Duration::from_millis(400));
+    reply.ok("late");
+    assert_eq!(busy.receive(), json!({ "return": "late" }));
+    assert_eq!(busy.receive(), json!({ "return": { "did": "device-list" }, "id": 1 }));
+    idle.alive();
+    assert_eq!(running.fake.executed.lock().unwrap().len(), 2);
 }
 
 #[test]

@@ -23,8 +23,6 @@ use super::framer::{Frame, Framer};
 use super::outbox::{Outbox, Status};
 use super::{Commands, Events, Reply};
 
-/// How long an object that goes on after a line feed may take to go on.
-const PATIENCE: Duration = Duration::from_millis(500);
 /// How long a stopping server waits for a request's end and for a client to take its answer.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes read at a time; also how much is read ahead while a request is carried out.
@@ -56,15 +54,23 @@ pub(super) struct Connection {
     ended: bool,
     /// The client has gone altogether: poll would say so again and again.
     hung_up: bool,
-    /// When bytes last came.
+    /// When bytes last came, or could have come.
     heard: Instant,
+    /// How long what has begun may take to go on.
+    patience: Duration,
 }
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream, outbox: Arc<Outbox>, commands: Arc<dyn Commands>, events: Events) -> io::Result<Self> {
+    pub(super) fn new(
+        stream: UnixStream,
+        outbox: Arc<Outbox>,
+        commands: Arc<dyn Commands>,
+        events: Events,
+        patience: Duration,
+    ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let (mode, heard) = (Mode::Negotiating, Instant::now());
-        Ok(Self { stream, outbox, commands, events, framer: Framer::new(), mode, ended: false, hung_up: false, heard })
+        Ok(Self { stream, outbox, commands, events, framer: Framer::new(), mode, ended: false, hung_up: false, heard, patience })
     }
 
     /// Serves the client until it goes or the server stops.
@@ -94,22 +100,21 @@ impl Connection {
         }
     }
 
-    /// What has to be given up now.
+    /// What has to be given up now, and the client with it: where its next request begins could only be guessed.
     fn overdue(&mut self) -> Option<Frame> {
-        if self.ended {
-            return self.framer.finish();
-        }
-        (self.framer.waits() && self.heard.elapsed() >= PATIENCE).then(|| self.framer.give_up()).flatten()
+        self.ended |= self.framer.waits() && self.heard.elapsed() >= self.patience;
+        self.ended.then(|| self.framer.finish()).flatten()
     }
 
     /// Sleeps until there is something to do.
     fn wait(&mut self, status: Status, deadline: Option<Instant>) -> io::Result<()> {
         let mut wanted = PollFlags::empty();
-        wanted.set(PollFlags::IN, self.wants_input(status));
+        let wants_input = self.wants_input(status);
+        wanted.set(PollFlags::IN, wants_input);
         wanted.set(PollFlags::OUT, !status.empty);
-        let impatient = (!status.busy && status.empty && self.framer.waits()).then(|| self.heard + PATIENCE);
+        let impatient = (!status.busy && status.empty && self.framer.waits()).then(|| self.heard + self.patience);
         // A client that has gone is not polled any more; what it has left behind is read all the same.
-        let unread = (self.hung_up && self.wants_input(status)).then(Instant::now);
+        let unread = (self.hung_up && wants_input).then(Instant::now);
         let until = [deadline, impatient, unread].into_iter().flatten().min();
         let timeout = until.map(|until| {
             let left = until.saturating_duration_since(Instant::now());
@@ -126,6 +131,10 @@ impl Connection {
         let gone = fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR));
         drop(fds);
         self.hung_up |= gone;
+        if !wants_input {
+            // What the client has sent may lie there unread.
+            self.heard = Instant::now();
+        }
         self.outbox.clear_wake();
         Ok(())
     }

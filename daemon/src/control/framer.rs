@@ -1,8 +1,9 @@
 //! Finds the JSON objects in a stream of bytes.
 //!
 //! Clients differ: some end each object with a line feed, some end it with nothing (the stock Python client), and people paste examples that span
-//! lines. So an object ends with its last brace. What never ends is given up when a line feed has gone by and nothing more has come for a while
-//! ([`Framer::waits`], [`Framer::give_up`]), or at the size limit, and reading goes on with the next line: one error, and the connection lives.
+//! lines. So an object ends with its last brace, however long that takes: no part of it is ever read as another one. Only a byte that can be in no
+//! JSON text, a string that runs over its line, or the size limit end it before, as in QEMU; reading goes on with the next line: one error, and the
+//! connection lives.
 
 use snapfence::protocol::Failure;
 
@@ -23,7 +24,7 @@ enum State {
     /// Between objects.
     Between,
     /// In an object that begins at the start of the buffer.
-    Object { depth: usize, text: Text, line_ended: bool },
+    Object { depth: usize, text: Text },
     /// In something that is no object, up to the end of the line.
     Other,
     /// In the rest of something too long, up to the end of the line.
@@ -71,13 +72,9 @@ impl Framer {
         self.buffer.len()
     }
 
-    /// Whether something has begun that will only end if the client sends more, and perhaps never does.
+    /// Whether something has begun that will only end if the client sends more.
     pub(super) fn waits(&self) -> bool {
-        match self.state {
-            State::Between => false,
-            State::Object { line_ended, .. } => line_ended,
-            State::Other | State::Skipping => true,
-        }
+        self.state != State::Between
     }
 
     /// The next frame, if it is complete.
@@ -94,11 +91,11 @@ impl Framer {
                     b'{' => {
                         self.buffer.drain(..self.seen - 1);
                         self.seen = 1;
-                        self.state = State::Object { depth: 1, text: Text::Outside, line_ended: false };
+                        self.state = State::Object { depth: 1, text: Text::Outside };
                     }
                     _ => self.state = State::Other,
                 },
-                State::Object { depth, text, line_ended } => match (*text, byte) {
+                State::Object { depth, text } => match (*text, byte) {
                     (Text::Outside, b'"') => *text = Text::Inside,
                     (Text::Outside, b'{' | b'[') => *depth += 1,
                     (Text::Outside, b'}' | b']') => {
@@ -111,7 +108,6 @@ impl Framer {
                             return Some(Frame::Object(object));
                         }
                     }
-                    (Text::Outside, b'\n') => *line_ended = true,
                     (Text::Outside, _) => {}
                     (Text::Inside | Text::Escaped, b'\n') => {
                         self.drop_seen();
@@ -145,19 +141,6 @@ impl Framer {
             self.seen = 0;
         }
         None
-    }
-
-    /// Gives up what has begun, up to the end of its first line.
-    pub(super) fn give_up(&mut self) -> Option<Frame> {
-        let line = self.buffer.iter().position(|byte| *byte == b'\n').map_or(self.buffer.len(), |at| at + 1);
-        let state = self.state;
-        self.seen = line;
-        self.drop_seen();
-        match state {
-            State::Between | State::Skipping => None,
-            State::Object { .. } => Some(parse_error("an object does not end")),
-            State::Other => Some(parse_error("expected an object")),
-        }
     }
 
     /// Gives up all that is held: nothing more will come.
@@ -225,24 +208,14 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_end_is_given_up_line_by_line() {
+    fn what_does_not_end_is_waited_for_and_never_cut_up() {
         let mut framer = Framer::new();
-        framer.push(b"{\"execute\":");
-        assert_eq!(frames(&mut framer), [""; 0]);
-        assert!(!framer.waits(), "more of the line may come");
-        framer.push(b"\n{\"execute\":\"query-version\"}\n");
+        framer.push(b"{\"execute\":\n{\"execute\":\"quit\"}\n");
         assert_eq!(frames(&mut framer), [""; 0]);
         assert!(framer.waits());
-        assert_eq!(framer.give_up(), Some(parse_error("an object does not end")));
-        assert_eq!(frames(&mut framer), ["{\"execute\":\"query-version\"}"]);
+        framer.push(b"}\n");
+        assert_eq!(frames(&mut framer), ["{\"execute\":\n{\"execute\":\"quit\"}\n}"]);
         assert!(!framer.waits());
-
-        framer.push(b"x");
-        assert_eq!(frames(&mut framer), [""; 0]);
-        assert!(framer.waits());
-        assert_eq!(framer.give_up(), Some(parse_error("expected an object")));
-        framer.push(b"{}");
-        assert_eq!(frames(&mut framer), ["{}"]);
 
         framer.push(b"{\n{\n{\n");
         assert_eq!(frames(&mut framer), [""; 0]);

@@ -25,6 +25,8 @@ use crate::socket::{BindError, SocketFile, listen_at};
 const BACKLOG: i32 = 128;
 /// Rest after the system could not give us a connection, so that we do not spin.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// The patience with a request that does not end: for slow hands, and against programs that hold their connection for ever.
+const PATIENCE: Duration = Duration::from_secs(300);
 /// How long [`Server::stop`] waits for the connections. They themselves give up earlier.
 const STOP_WAIT: Duration = Duration::from_secs(3);
 
@@ -37,13 +39,15 @@ pub struct ServerOptions {
     pub allowed_uids: Vec<u32>,
     /// Connections at the same time.
     pub max_connections: usize,
+    /// How long the rest of a request may fail to come before the connection is closed.
+    pub patience: Duration,
 }
 
 impl ServerOptions {
-    /// The defaults: nobody else, 64 connections.
+    /// The defaults: nobody else, 64 connections, 5 minutes of patience.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
-        Self { path, allowed_uids: Vec::new(), max_connections: 64 }
+        Self { path, allowed_uids: Vec::new(), max_connections: 64, patience: PATIENCE }
     }
 
     fn admits(&self, uid: u32) -> bool {
@@ -249,10 +253,10 @@ impl Acceptor {
         connections.push(outbox.clone());
         drop(connections);
         let place = Place { shared: self.shared.clone(), outbox: outbox.clone() };
-        let (commands, events) = (self.commands.clone(), self.events.clone());
+        let (commands, events, patience) = (self.commands.clone(), self.events.clone(), self.options.patience);
         let body = move || {
             let _place = place;
-            let ended = Connection::new(stream, outbox, commands, events).and_then(Connection::run);
+            let ended = Connection::new(stream, outbox, commands, events, patience).and_then(Connection::run);
             if let Err(error) = ended {
                 tracing::debug!(event = "control_disconnected", pid = peer.pid, %error, "a control connection broke");
             }
