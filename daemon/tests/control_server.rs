@@ -157,7 +157,7 @@ fn what_does_not_fit_is_refused_before_anything_is_done() {
     let table = [
         ("hello", "JSON parse error"),
         ("{ \"execute\": }", "JSON parse error"),
-        ("{'execute':'quit'}", "JSON parse error"),
+        ("{'execute':'quit\"}", "JSON parse error"),
         ("[]", "JSON parse error"),
         ("}", "JSON parse error"),
         ("{\"execute\":\"quit", "JSON parse error"),
@@ -210,6 +210,10 @@ fn requests_arrive_in_any_portions() {
         client.send([*byte]);
     }
     assert_eq!(client.receive(), json!({ "return": { "did": "device-list" }, "id": 1 }));
+    assert_eq!(
+        client.ask("{'execute': \"query-jobs\", 'id': 'it\\'s \"one\"'}"),
+        json!({ "return": { "did": "query-jobs" }, "id": "it's \"one\"" })
+    );
     client.send("{\r\n  \"execute\":\r\n  \"snapshot-list\"\r\n}\r\n");
     assert_eq!(client.receive(), json!({ "return": { "did": "snapshot-list" } }));
     // More than the server reads ahead, answered one by one, while the client does not read.

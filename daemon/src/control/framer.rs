@@ -7,13 +7,15 @@
 
 use snapfence::protocol::Failure;
 
+use super::quotes::in_double_quotes;
+
 /// The longest object, in bytes.
 pub(super) const OBJECT_LIMIT: usize = 1 << 20;
 
 /// What the stream holds next.
 #[derive(Debug, PartialEq)]
 pub(super) enum Frame {
-    /// The bytes of one object, its braces balanced; otherwise it can be anything.
+    /// The bytes of one object, its braces balanced and its strings in double quotes; otherwise it can be anything.
     Object(Vec<u8>),
     /// Something else, now skipped.
     Bad(Failure),
@@ -24,7 +26,12 @@ enum State {
     /// Between objects.
     Between,
     /// In an object that begins at the start of the buffer.
-    Object { depth: usize, text: Text },
+    Object {
+        depth: usize,
+        text: Text,
+        /// Some string is in single quotes.
+        single: bool,
+    },
     /// In something that is no object, up to the end of the line.
     Other,
     /// In the rest of something too long, up to the end of the line.
@@ -34,8 +41,9 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Text {
     Outside,
-    Inside,
-    Escaped,
+    /// Up to this quote.
+    Inside(u8),
+    Escaped(u8),
 }
 
 /// Cuts a stream into [`Frame`]s.
@@ -91,12 +99,15 @@ impl Framer {
                     b'{' => {
                         self.buffer.drain(..self.seen - 1);
                         self.seen = 1;
-                        self.state = State::Object { depth: 1, text: Text::Outside };
+                        self.state = State::Object { depth: 1, text: Text::Outside, single: false };
                     }
                     _ => self.state = State::Other,
                 },
-                State::Object { depth, text } => match (*text, byte) {
-                    (Text::Outside, b'"') => *text = Text::Inside,
+                State::Object { depth, text, single } => match (*text, byte) {
+                    (Text::Outside, b'"' | b'\'') => {
+                        *text = Text::Inside(byte);
+                        *single |= byte == b'\'';
+                    }
                     (Text::Outside, b'{' | b'[') => *depth += 1,
                     (Text::Outside, b'}' | b']') => {
                         *depth -= 1;
@@ -104,19 +115,20 @@ impl Framer {
                             let rest = self.buffer.split_off(self.seen);
                             let object = std::mem::replace(&mut self.buffer, rest);
                             self.seen = 0;
+                            let single = *single;
                             self.state = State::Between;
-                            return Some(Frame::Object(object));
+                            return Some(Frame::Object(if single { in_double_quotes(object) } else { object }));
                         }
                     }
                     (Text::Outside, _) => {}
-                    (Text::Inside | Text::Escaped, b'\n') => {
+                    (Text::Inside(_) | Text::Escaped(_), b'\n') => {
                         self.drop_seen();
                         return Some(parse_error("a string does not end with its line"));
                     }
-                    (Text::Inside, b'"') => *text = Text::Outside,
-                    (Text::Inside, b'\\') => *text = Text::Escaped,
-                    (Text::Inside, _) => {}
-                    (Text::Escaped, _) => *text = Text::Inside,
+                    (Text::Inside(quote), _) if byte == quote => *text = Text::Outside,
+                    (Text::Inside(quote), b'\\') => *text = Text::Escaped(quote),
+                    (Text::Inside(_), _) => {}
+                    (Text::Escaped(quote), _) => *text = Text::Inside(quote),
                 },
                 State::Other => {
                     if byte == b'\n' {
@@ -193,6 +205,7 @@ mod tests {
         assert_eq!(all(b"{}"), ["{}"]);
         assert_eq!(all(b"{}{}\r\n\r\n {\"a\":1}\n"), ["{}", "{}", "{\"a\":1}"]);
         assert_eq!(all(b"{\"a\":\"}\\\"}\"}{}"), ["{\"a\":\"}\\\"}\"}", "{}"]);
+        assert_eq!(all(b"{'}\"':'\\'}'}{\"it's\":'{'}"), ["{\"}\\\"\":\"'}\"}", "{\"it's\":\"{\"}"]);
         assert_eq!(all(b"{\n  \"a\": [\n    {}\n  ]\n}\n"), ["{\n  \"a\": [\n    {}\n  ]\n}"]);
         assert_eq!(all(b"{\"a\":[{\"b\":"), [""; 0]);
     }
@@ -203,6 +216,7 @@ mod tests {
         assert_eq!(all(b"[1]\r\n42\n}\n{}"), ["! expected an object", "! expected an object", "! expected an object", "{}"]);
         assert_eq!(all(b"{\"a\n{}"), ["! a string does not end with its line", "{}"]);
         assert_eq!(all(b"{\"a\\\n{}"), ["! a string does not end with its line", "{}"]);
+        assert_eq!(all(b"{'a\n{}"), ["! a string does not end with its line", "{}"]);
         assert_eq!(all(b"{\"a\xff{}"), ["! a byte that JSON does not have", "{}"]);
         assert_eq!(all(b"{[\x1b{}"), ["! a byte that JSON does not have", "{}"]);
     }

@@ -17,6 +17,7 @@ mod events;
 mod framer;
 mod outbox;
 mod peer;
+mod quotes;
 mod reply;
 mod server;
 
