@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -13,6 +14,8 @@ use serde::Deserialize;
 use snapfence::protocol::{self, DeviceAdd, DeviceOptionError, ImageFormat};
 use snapfence_image_format::chain::Format;
 use snapfence_image_format::storage::CacheMode;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
 
 use crate::name;
 
@@ -121,9 +124,6 @@ pub enum DeviceProblem {
     /// Its specification cannot be read.
     #[error(transparent)]
     Form(#[from] DeviceOptionError),
-    /// Its table in the configuration file cannot be read.
-    #[error("{0}")]
-    Table(String),
     /// A value that is not possible.
     #[error("'{key}={value}': expected {expected}")]
     Value {
@@ -181,14 +181,82 @@ struct Arguments {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Config {
-    control: Option<PathBuf>,
-    state_dir: Option<PathBuf>,
+    control: Option<ConfigPath>,
+    state_dir: Option<ConfigPath>,
     #[serde(default)]
-    allow_dir: Vec<PathBuf>,
+    allow_dir: Vec<ConfigPath>,
     #[serde(default)]
-    allow_data_file: Vec<PathBuf>,
+    allow_data_file: Vec<ConfigPath>,
     #[serde(default)]
-    device: Vec<toml::Table>,
+    device: Vec<Spanned<DeviceAdd>>,
+}
+
+/// A path in the configuration file. An empty one would be taken for the working directory, or for nothing.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "PathBuf")]
+struct ConfigPath(PathBuf);
+
+impl TryFrom<PathBuf> for ConfigPath {
+    type Error = &'static str;
+
+    fn try_from(path: PathBuf) -> Result<Self, Self::Error> {
+        if path.as_os_str().is_empty() { Err("an empty text is no path") } else { Ok(Self(path)) }
+    }
+}
+
+impl From<ConfigPath> for PathBuf {
+    fn from(path: ConfigPath) -> Self {
+        path.0
+    }
+}
+
+/// The configuration file's text, to tell where in it something is wrong.
+#[derive(Debug)]
+struct ConfigText<'a> {
+    path: &'a Path,
+    text: String,
+}
+
+impl ConfigText<'_> {
+    fn error(&self, at: Option<Range<usize>>, what: &str) -> OptionsError {
+        let line = at.map(|at| 1 + self.text.bytes().take(at.start).filter(|byte| *byte == b'\n').count());
+        let what = one_line(what);
+        let detail = line.map_or_else(|| what.clone(), |line| format!("line {line}: {what}"));
+        OptionsError::Config { path: self.path.to_owned(), detail }
+    }
+
+    fn parse(&self) -> Result<Config, OptionsError> {
+        let read = || {
+            let mut document = DeTable::parse(&self.text)?;
+            if let Some(DeValue::Array(devices)) = document.get_mut().get_mut("device").map(Spanned::get_mut) {
+                devices.iter_mut().for_each(|device| switch_as_boolean(device.get_mut()));
+            }
+            Config::deserialize(toml::Deserializer::from(document))
+        };
+        read().map_err(|error| self.error(error.span(), error.message()))
+    }
+
+    /// The devices in it.
+    fn devices(&self, tables: Vec<Spanned<DeviceAdd>>) -> Result<Vec<DeviceOptions>, OptionsError> {
+        let device = |table: Spanned<DeviceAdd>| {
+            let (at, asked) = (table.span(), table.into_inner());
+            let name = asked.name.clone();
+            DeviceOptions::try_from(asked).map_err(|problem| self.error(Some(at), &format!("device {name}: {problem}")))
+        };
+        tables.into_iter().map(device).collect()
+    }
+}
+
+/// Lets `readonly` be what it is on the command line, too.
+fn switch_as_boolean(device: &mut DeValue<'_>) {
+    let DeValue::Table(device) = device else { return };
+    let Some(readonly) = device.get_mut("readonly").map(Spanned::get_mut) else { return };
+    let boolean = match readonly.as_str() {
+        Some("on") => true,
+        Some("off") => false,
+        _ => return,
+    };
+    *readonly = DeValue::Boolean(boolean);
 }
 
 impl Options {
@@ -198,24 +266,23 @@ impl Options {
     /// If anything is unknown, missing or contradictory. [`OptionsError::Help`] is for standard output.
     pub fn from_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, OptionsError> {
         let arguments = Arguments::try_parse_from(arguments).map_err(|error| usage_error(&error))?;
-        let config = arguments.config.as_deref().map(read_config).transpose()?.unwrap_or_default();
+        let text = arguments.config.as_deref().map(read_config).transpose()?;
+        let config = text.as_ref().map(ConfigText::parse).transpose()?.unwrap_or_default();
         let mut devices = Vec::new();
         for specification in &arguments.device {
             devices.push(DeviceOptions::parse(specification)?);
         }
-        for table in config.device {
-            devices.push(device_of_table(table)?);
+        if let Some(text) = &text {
+            devices.extend(text.devices(config.device)?);
         }
-        let mut allowed_directories = arguments.allow_dir;
-        allowed_directories.extend(config.allow_dir);
-        let mut data_files = arguments.allow_data_file;
-        data_files.extend(config.allow_data_file);
+        let joined = |here: Vec<PathBuf>, there: Vec<ConfigPath>| here.into_iter().chain(there.into_iter().map(PathBuf::from)).collect();
+        let one = |here: Option<PathBuf>, there: Option<ConfigPath>| here.or(there.map(PathBuf::from));
         let options = Self {
-            control: arguments.control.or(config.control).ok_or(OptionsError::Missing("--control PATH"))?,
-            state_dir: arguments.state_dir.or(config.state_dir).ok_or(OptionsError::Missing("--state-dir DIR"))?,
+            control: one(arguments.control, config.control).ok_or(OptionsError::Missing("--control PATH"))?,
+            state_dir: one(arguments.state_dir, config.state_dir).ok_or(OptionsError::Missing("--state-dir DIR"))?,
             devices,
-            allowed_directories,
-            data_files,
+            allowed_directories: joined(arguments.allow_dir, config.allow_dir),
+            data_files: joined(arguments.allow_data_file, config.allow_data_file),
             forget: arguments.forget,
         };
         options.check_duplicates()?;
@@ -310,25 +377,9 @@ pub fn image_format(format: Format) -> ImageFormat {
     }
 }
 
-fn read_config(path: &Path) -> Result<Config, OptionsError> {
+fn read_config(path: &Path) -> Result<ConfigText<'_>, OptionsError> {
     let text = std::fs::read_to_string(path).map_err(|source| OptionsError::Read { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|error| {
-        let line = error.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-        let detail = match line {
-            Some(line) => format!("line {line}: {}", one_line(error.message())),
-            None => one_line(error.message()),
-        };
-        OptionsError::Config { path: path.to_owned(), detail }
-    })
-}
-
-fn device_of_table(table: toml::Table) -> Result<DeviceOptions, OptionsError> {
-    let device = table.get("name").and_then(toml::Value::as_str).unwrap_or("without a name").to_owned();
-    let read = || {
-        let asked = DeviceAdd::deserialize(table).map_err(|error| DeviceProblem::Table(one_line(error.message())))?;
-        DeviceOptions::try_from(asked)
-    };
-    read().map_err(|source| OptionsError::Device { device, source })
+    Ok(ConfigText { path, text })
 }
 
 /// What the parser says, without its colours, advice and line breaks.
@@ -487,7 +538,44 @@ mod tests {
         assert!(unknown.contains("c.toml: line 2: unknown field `state_dir`"), "{unknown}");
         let broken = config("control = \n").expect_err("no value").to_string();
         assert!(broken.contains("c.toml: line 1: ") && !broken.contains('\n'), "{broken}");
-        let device = config("control='c'\nstate-dir='s'\n[[device]]\nimage='i'\nname='a'\nqueus=3\n").expect_err("unknown key").to_string();
-        assert!(device.starts_with("device a: unknown field `queus`"), "{device}");
+        let base = "control='c'\nstate-dir='s'\n[[device]]\nimage='i'\nname='a'\nformat='raw'\nsocket='s'\n";
+        let table = [
+            ("queus=3", "line 8: unknown field `queus`"),
+            ("queues='many'", "line 8: invalid type: string \"many\""),
+            ("queues=65", "line 3: device a: 'queues=65': expected a number from 1 to 64"),
+            ("readonly='yes'", "line 8: invalid type: string \"yes\", expected a boolean"),
+            ("[[device]]\nname='b'\nimage='i'\nsocket='t'", "line 8: missing field `format`"),
+            ("[[device]]\nname='b'\nimage=''\nsocket='t'\nformat='raw'", "line 8: device b: 'image=': expected a path"),
+        ];
+        for (more, expected) in table {
+            let error = config(&format!("{base}{more}\n")).expect_err(more).to_string();
+            assert!(error.starts_with("configuration file /") && error.contains(&format!("/c.toml: {expected}")), "{error}");
+        }
+        assert!(config(base).is_ok());
+    }
+
+    #[test]
+    fn empty_paths_are_no_paths() {
+        for (line, text) in [
+            (1, "control=''\nstate-dir='s'"),
+            (2, "control='c'\nstate-dir=''"),
+            (3, "control='c'\nstate-dir='s'\nallow-dir=['']"),
+            (3, "control='c'\nstate-dir='s'\nallow-data-file=['/d', '']"),
+        ] {
+            let error = config(text).expect_err(text).to_string();
+            assert!(error.contains(&format!("c.toml: line {line}: an empty text is no path")), "{error}");
+        }
+        for arguments in [["--control", "", "--state-dir", "s"], ["--control", "c", "--state-dir", ""]] {
+            assert!(parse(&arguments).is_err(), "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn the_file_says_on_and_off_as_the_command_line_does() {
+        for (text, expected) in [("'on'", true), ("'off'", false), ("true", true), ("false", false)] {
+            let base = "control='c'\nstate-dir='s'\n[[device]]\nimage='i'\nname='a'\nformat='raw'\nsocket='s'\n";
+            let options = config(&format!("{base}readonly = {text}\n")).expect("valid");
+            assert_eq!(options.devices[0].read_only, expected, "{text}");
+        }
     }
 }

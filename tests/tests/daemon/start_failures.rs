@@ -58,7 +58,7 @@ fn wrong_usage_is_one_line_and_status_2() -> Result<()> {
         (format!("{base} --config none.toml"), "configuration file none.toml"),
         (format!("{base} --config bad.toml"), "bad.toml: line 2"),
         (format!("{base} --config unknown.toml"), "unknown.toml: line 3: unknown field `colour`"),
-        (format!("{base} --config device.toml"), "device a: missing field `format`"),
+        (format!("{base} --config device.toml"), "device.toml: line 1: missing field `format`"),
     ];
     for (arguments, expected) in table {
         refuses(&mut place, words(&arguments), 2, &[expected])?;
