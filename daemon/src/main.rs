@@ -5,9 +5,11 @@
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use snapfenced::options::{Options, OptionsError};
 use snapfenced::server;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// Environment variable with the filter for log lines.
 const LOG_VARIABLE: &str = "SNAPFENCE_LOG";
@@ -24,7 +26,10 @@ fn main() -> ExitCode {
         }
         Err(error) => return failed(&anyhow::Error::new(error), USAGE),
     };
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = match log_filter() {
+        Ok(filter) => filter,
+        Err(error) => return failed(&error, USAGE),
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
@@ -40,6 +45,22 @@ fn main() -> ExitCode {
         }
         Err(error) => failed(&error, 1),
     }
+}
+
+/// The log lines that are wanted.
+fn log_filter() -> anyhow::Result<EnvFilter> {
+    let Some(wanted) = std::env::var_os(LOG_VARIABLE).filter(|wanted| !wanted.is_empty()) else { return Ok(EnvFilter::new("info")) };
+    let wrong = || {
+        let shown = wanted.display();
+        format!("{LOG_VARIABLE}={shown}: expected off, error, warn, info, debug, trace or TARGET=LEVEL, several separated by commas")
+    };
+    let text = wanted.to_str().ok_or_else(|| anyhow::anyhow!(wrong()))?;
+    // A word alone would be a target, all of whose lines are shown and nobody else's: a level misspelt would silence the log.
+    let is_word = |part: &str| !part.contains(['=', '[', ':']) && part.parse::<LevelFilter>().is_err();
+    if let Some(word) = text.split(',').map(str::trim).find(|part| !part.is_empty() && is_word(part)) {
+        return Err(anyhow::anyhow!("'{word}' is no level").context(wrong()));
+    }
+    EnvFilter::builder().parse(text).with_context(wrong)
 }
 
 fn failed(error: &anyhow::Error, status: u8) -> ExitCode {

@@ -65,3 +65,27 @@ fn nohup_keeps_it_running_without_its_terminal() {
     take_snapshot(&daemon, "s1");
     daemon.stop();
 }
+
+/// Runs a daemon that does not start, and gives its exit status and what it says.
+fn refused(mut command: Command) -> (Option<i32>, String) {
+    let ended = command.stderr(Stdio::piped()).output().expect("a program that ends");
+    (ended.status.code(), String::from_utf8(ended.stderr).expect("text"))
+}
+
+#[test]
+fn a_wrong_log_filter_is_wrong_usage() {
+    for wrong in ["debgu", "info,verbose", "snapfenced=loud", "info=debug=trace"] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut command = Daemon::command(directory.path(), &[]);
+        command.env("SNAPFENCE_LOG", wrong);
+        let (status, text) = refused(command);
+        assert_eq!(status, Some(2), "{text}");
+        assert!(text.starts_with(&format!("snapfenced: SNAPFENCE_LOG={wrong}: expected ")) && text.lines().count() == 1, "{text}");
+    }
+    for right in ["", "warn", "info,snapfenced::control=trace", "OFF"] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut command = Daemon::command(directory.path(), &[]);
+        command.env("SNAPFENCE_LOG", right);
+        Daemon::run(command, directory.path()).stop();
+    }
+}
