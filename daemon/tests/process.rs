@@ -89,3 +89,27 @@ fn a_wrong_log_filter_is_wrong_usage() {
         Daemon::run(command, directory.path()).stop();
     }
 }
+
+#[test]
+fn only_what_is_recorded_can_be_forgotten() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let forgetting = |names: &[&str]| {
+        let mut command = Daemon::command(directory.path(), &[]);
+        for name in names {
+            command.args(["--forget", name]);
+        }
+        command
+    };
+    let (status, text) = refused(forgetting(&["vda"]));
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("--forget vda: no device is recorded"), "{text}");
+
+    Daemon::start(directory.path(), &["vdb", "vda"].map(|name| device(directory.path(), name))).stop();
+    let (status, text) = refused(forgetting(&["vda", "vdc"]));
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("--forget vdc: no such device is recorded; those that are: vda, vdb"), "{text}");
+
+    Daemon::run(forgetting(&["vda"]), directory.path()).stop();
+    let (_, text) = refused(forgetting(&["vda"]));
+    assert!(text.contains("those that are: vdb"), "{text}");
+}

@@ -10,6 +10,7 @@ mod offload;
 mod stop;
 mod workers;
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -86,6 +87,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
 /// Brings up everything that was asked for.
 async fn start(manager: &Daemon, options: Options, events: Events) -> anyhow::Result<(control::Server, Arc<Inbox>)> {
+    check_known(manager.catalogue(), &options.forget).await?;
     for name in options.forget {
         let forgotten = name.clone();
         manager.catalogue().run(move |store| store.forget_device(&forgotten)).await?;
@@ -102,6 +104,27 @@ async fn start(manager: &Daemon, options: Options, events: Events) -> anyhow::Re
     tracing::info!(event = "ready", control = %options.control.display(), devices = count, "ready");
     tell_systemd(&[sd_notify::NotifyState::Ready]);
     Ok((server, inbox))
+}
+
+/// Whether the catalogue knows all of these devices. A name that it does not know is a mistake, and the record that was meant is still there.
+async fn check_known(catalogue: &Catalogue, names: &[String]) -> anyhow::Result<()> {
+    if names.is_empty() {
+        return Ok(());
+    }
+    let recorded = catalogue
+        .run(|store| {
+            let mut recorded: BTreeSet<_> = store.devices()?.into_iter().map(|device| device.name).collect();
+            // Also of a device that has nothing but snapshots.
+            recorded.extend(store.snapshots()?.into_iter().flat_map(|snapshot| snapshot.devices).map(|member| member.device));
+            Ok(recorded)
+        })
+        .await?;
+    let Some(unknown) = names.iter().find(|name| !recorded.contains(*name)) else { return Ok(()) };
+    if recorded.is_empty() {
+        bail!("--forget {unknown}: no device is recorded in this state directory");
+    }
+    let recorded: Vec<_> = recorded.into_iter().collect();
+    bail!("--forget {unknown}: no such device is recorded; those that are: {}", recorded.join(", "));
 }
 
 /// Obeys commands until asked to end, and then ends everything in good order.
