@@ -190,6 +190,20 @@ mod tests {
     }
 
     #[test]
+    fn the_database_is_for_its_owner_only() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let file = directory.path().join("catalogue.redb");
+        let mode = || std::fs::metadata(&file).expect("a file").permissions().mode() & 0o777;
+        Catalogue::start(directory.path()).expect("a new directory").close();
+        assert_eq!(mode(), 0o600);
+        // As older versions made it.
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).expect("ours");
+        Catalogue::start(directory.path()).expect("an old directory").close();
+        assert_eq!(mode(), 0o600);
+    }
+
+    #[test]
     fn an_operation_that_panics_answers_all_who_wait() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let (catalogue, _) = Catalogue::start(directory.path()).expect("a new directory");

@@ -14,6 +14,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, WriteTransaction};
@@ -112,12 +115,23 @@ pub struct Store {
     open: Box<dyn Fn() -> Result<Database, DatabaseError> + Send>,
 }
 
+/// The database's file, made if need be. Only its owner may read it, whatever the umask and whoever made it: it names files that are
+/// nobody else's business.
+fn private_file(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    if file.metadata()?.permissions().mode() & 0o077 != 0 {
+        file.set_permissions(Permissions::from_mode(0o600))?;
+    }
+    Ok(file)
+}
+
 impl Store {
     /// Opens the database at `path` or makes an empty one.
     ///
     /// # Errors
     /// If it cannot be opened or has a newer layout.
     pub fn open(path: &Path) -> Result<Self, CatalogueError> {
+        private_file(path).map_err(|error| open_error(redb::StorageError::Io(error)))?;
         let path = path.to_owned();
         Self::opened_by(move || Database::builder().set_cache_size(CACHE_BYTES).create(&path))
     }
