@@ -41,6 +41,8 @@ pub struct Options {
     pub devices: Vec<DeviceOptions>,
     /// Directories in which files named by images or by the control socket may lie.
     pub allowed_directories: Vec<PathBuf>,
+    /// Directories in which the control socket may put sockets of devices, beside those of sockets named here.
+    pub socket_directories: Vec<PathBuf>,
     /// External data files of qcow2 images that may be read.
     pub data_files: Vec<PathBuf>,
     /// Devices whose records are dropped before anything else happens.
@@ -152,7 +154,7 @@ struct Arguments {
     #[arg(
         long,
         value_name = "FILE",
-        help = "Configuration file (TOML): control, state-dir, allow-dir = [...], allow-data-file = [...], and a [[device]] table per device with the keys of --device"
+        help = "Configuration file (TOML): control, state-dir, allow-dir, socket-dir, allow-data-file = [...], and a [[device]] table per device with the keys of --device"
     )]
     config: Option<PathBuf>,
 
@@ -167,6 +169,10 @@ struct Arguments {
     /// Directory (repeatable) in which backing files may lie, beside the directory of the image itself
     #[arg(long, value_name = "DIR")]
     allow_dir: Vec<PathBuf>,
+
+    /// Directory (repeatable) for sockets of disks added over the control socket, beside those of the sockets given here
+    #[arg(long, value_name = "DIR")]
+    socket_dir: Vec<PathBuf>,
 
     /// External data file (repeatable) that a qcow2 image may name; such images are only read
     #[arg(long, value_name = "FILE")]
@@ -185,6 +191,8 @@ struct Config {
     state_dir: Option<ConfigPath>,
     #[serde(default)]
     allow_dir: Vec<ConfigPath>,
+    #[serde(default)]
+    socket_dir: Vec<ConfigPath>,
     #[serde(default)]
     allow_data_file: Vec<ConfigPath>,
     #[serde(default)]
@@ -282,6 +290,7 @@ impl Options {
             state_dir: one(arguments.state_dir, config.state_dir).ok_or(OptionsError::Missing("--state-dir DIR"))?,
             devices,
             allowed_directories: joined(arguments.allow_dir, config.allow_dir),
+            socket_directories: joined(arguments.socket_dir, config.socket_dir),
             data_files: joined(arguments.allow_data_file, config.allow_data_file),
             forget: arguments.forget,
         };
@@ -516,6 +525,7 @@ mod tests {
             control = "/run/c"
             state-dir = "/var/s"
             allow-dir = ["/images"]
+            socket-dir = ["/run/vms"]
             [[device]]
             name = "vda"
             image = "/i.raw"
@@ -530,6 +540,7 @@ mod tests {
             [DeviceOptions::parse("name=vda,image=/i.raw,format=raw,socket=/s,queues=2,readonly=on").expect("valid")]
         );
         assert_eq!(options.allowed_directories, [PathBuf::from("/images")]);
+        assert_eq!(options.socket_directories, [PathBuf::from("/run/vms")]);
     }
 
     #[test]
@@ -560,6 +571,7 @@ mod tests {
             (1, "control=''\nstate-dir='s'"),
             (2, "control='c'\nstate-dir=''"),
             (3, "control='c'\nstate-dir='s'\nallow-dir=['']"),
+            (3, "control='c'\nstate-dir='s'\nsocket-dir=['']"),
             (3, "control='c'\nstate-dir='s'\nallow-data-file=['/d', '']"),
         ] {
             let error = config(text).expect_err(text).to_string();

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use common::daemon::Daemon;
 use common::make_qcow2;
 use rustix::process::Signal;
+use serde_json::json;
 use snapfence::protocol::{SnapshotCreate, SnapshotMember};
 use snapfence_image_format::qcow2::CreateOptions;
 
@@ -35,7 +36,7 @@ fn a_log_that_cannot_be_written_stops_nothing() {
         let daemon = Daemon::run(command, directory.path());
         take_snapshot(&daemon, "s1");
         // A refusal is logged as well.
-        let refused = daemon.client().execute("device-remove", serde_json::json!({ "name": "vdb" }));
+        let refused = daemon.client().execute("device-remove", json!({ "name": "vdb" }));
         assert!(refused.expect_err("no such device").to_string().contains("vdb"));
         take_snapshot(&daemon, "s2");
         daemon.stop();
@@ -112,4 +113,33 @@ fn only_what_is_recorded_can_be_forgotten() {
     Daemon::run(forgetting(&["vda"]), directory.path()).stop();
     let (_, text) = refused(forgetting(&["vda"]));
     assert!(text.contains("those that are: vdb"), "{text}");
+}
+
+#[test]
+fn sockets_have_directories_of_their_own() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for name in ["images", "sockets"] {
+        std::fs::create_dir(directory.path().join(name)).expect("a directory");
+    }
+    let add = |daemon: &Daemon, socket: &str| {
+        let image = directory.path().join("images/vda.raw");
+        std::fs::File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("an image");
+        let arguments = json!({ "name": "vda", "image": image, "format": "raw", "socket": directory.path().join(socket) });
+        daemon.client().execute("device-add", arguments).map_err(|error| error.to_string())
+    };
+    for bound in ["--allow-dir", "--socket-dir"] {
+        let mut command = Daemon::command(directory.path(), &[]);
+        command.arg("--socket-dir").arg(directory.path().join("sockets"));
+        command.arg(bound).arg(directory.path().join(if bound == "--allow-dir" { "images" } else { "sockets" }));
+        let daemon = Daemon::run(command, directory.path());
+        // The control socket's directory, and all beneath it.
+        for socket in ["vda.sock", "sockets/vda.sock"] {
+            add(&daemon, socket).expect(socket);
+            daemon.client().execute("device-remove", json!({ "name": "vda" })).expect("it is there");
+        }
+        let outside = directory.path().parent().expect("it is somewhere").join("vda.sock");
+        let refused = add(&daemon, outside.to_str().expect("text")).expect_err("outside");
+        assert!(refused.contains("lies outside the directories for sockets") && refused.contains("--socket-dir"), "{refused}");
+        daemon.stop();
+    }
 }

@@ -37,7 +37,7 @@ pub use host::{Export, ExportError, Host, PathKind};
 pub use lifecycle::RemoveError;
 pub(crate) use open::Beneath;
 pub use open::{BeneathError, DeviceOpenCause, DeviceOpenError, GivenBy};
-pub use places::Places;
+pub use places::{Places, SocketPlaceError};
 
 /// What the daemon serves, and what is going on with it.
 pub struct Manager<E: Environment, H: Host<E>> {

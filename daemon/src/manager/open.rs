@@ -13,6 +13,7 @@ use snapfence_image_format::storage::{Access, CacheMode, Environment, FileIdenti
 
 use super::device::{Device, DeviceLayer};
 use super::host::{ExportError, Host};
+use super::places::SocketPlaceError;
 use super::{Manager, Reserved};
 use crate::catalogue::{CatalogueError, DeviceRecord, LayerRecord, SnapshotState, layers_beneath};
 use crate::options::DeviceOptions;
@@ -55,6 +56,9 @@ pub enum DeviceOpenCause {
     /// The path leads where the control socket may not lead.
     #[error(transparent)]
     Place(#[from] NameError),
+    /// The same of its socket.
+    #[error(transparent)]
+    SocketPlace(#[from] SocketPlaceError),
     /// The directory of a path cannot be used.
     #[error("the directory of {path} cannot be used: {source}")]
     Directory {
@@ -203,7 +207,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let location = match given_by {
             GivenBy::Operator => Location::Trusted(options.image.clone()),
             GivenBy::Socket => {
-                self.places.admit(&options.socket)?;
+                self.places.admit_socket(&options.socket)?;
                 self.places.admit(&options.image)?
             }
         };

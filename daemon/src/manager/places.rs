@@ -6,8 +6,10 @@
 //!   device itself is allowed: beside it are all the disks of the host.
 //! - Overlays named on the control socket lie in the same.
 //! - External data files are those that the operator names one by one.
-//! - Images and sockets of devices added on the control socket lie in the allowed directories, if any are given; otherwise anywhere, for
-//!   whoever may speak on that socket could as well start the daemon.
+//! - Images of devices added on the control socket lie in the allowed directories, if any are given; otherwise anywhere, for whoever may speak on
+//!   that socket could as well start the daemon.
+//! - Sockets of such devices lie in directories of their own, as soon as images or sockets are bound: those of the sockets that the operator has
+//!   named, and those that he allows for sockets. Directories for images are none for sockets: VMMs are let into these.
 
 use std::path::{Path, PathBuf};
 
@@ -22,19 +24,45 @@ pub struct Places {
     allowed: AllowedDirectories,
     strict: bool,
     data_files: Vec<PathBuf>,
+    sockets: Vec<PathBuf>,
+    strict_sockets: bool,
+}
+
+/// A socket where the control socket may put none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "socket {} lies outside the directories for sockets ({}); allow its directory with --socket-dir, or put the socket elsewhere",
+    path.display(), display_list(allowed)
+)]
+pub struct SocketPlaceError {
+    /// Where it was to be.
+    path: PathBuf,
+    /// Where it may be.
+    allowed: Vec<PathBuf>,
+}
+
+fn display_list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 impl Places {
     /// Exactly these directories: absolute, without symbolic links.
     pub fn new(allowed: impl IntoIterator<Item = PathBuf>) -> Self {
         let allowed = AllowedDirectories::new(allowed);
-        Self { strict: allowed != AllowedDirectories::default(), allowed, data_files: Vec::new() }
+        Self { strict: allowed != AllowedDirectories::default(), allowed, ..Self::default() }
     }
 
     /// As before, and images may have these external data files: absolute, their directories without symbolic links.
     #[must_use]
     pub fn with_data_files(self, data_files: Vec<PathBuf>) -> Self {
         Self { data_files, ..self }
+    }
+
+    /// As before, and sockets lie in these directories: absolute, without symbolic links. With `strict` in no others, otherwise only if images are
+    /// bound, too.
+    #[must_use]
+    pub fn with_socket_directories(self, sockets: Vec<PathBuf>, strict: bool) -> Self {
+        Self { sockets, strict_sockets: strict || self.strict, ..self }
     }
 
     /// External data files that images may have.
@@ -56,7 +84,19 @@ impl Places {
         !self.strict
     }
 
-    /// Where a path leads that the control socket names for a new device.
+    /// Whether the control socket may put a new device's socket at this absolute path, whose directory has no symbolic links.
+    ///
+    /// # Errors
+    /// If it may not.
+    pub fn admit_socket(&self, path: &Path) -> Result<(), SocketPlaceError> {
+        let inside = path.parent().is_some_and(|directory| self.sockets.iter().any(|allowed| directory.starts_with(allowed)));
+        if inside || !self.strict_sockets {
+            return Ok(());
+        }
+        Err(SocketPlaceError { path: path.to_owned(), allowed: self.sockets.clone() })
+    }
+
+    /// Where an image leads that the control socket names for a new device.
     ///
     /// # Errors
     /// If it is outside.
@@ -77,6 +117,18 @@ mod tests {
         assert_eq!(open.admit(path), Ok(Location::Trusted(path.into())));
         assert!(strict.admit(path).is_err());
         assert!(strict.admit(Path::new("/images/a")).is_ok());
+        assert_eq!(open.admit_socket(path), Ok(()));
+        let sockets = || vec!["/run".into(), "/vm".into()];
+        assert_eq!(Places::default().with_socket_directories(sockets(), false).admit_socket(path), Ok(()));
+        for bound in [strict.clone().with_socket_directories(sockets(), false), open.clone().with_socket_directories(sockets(), true)] {
+            for inside in ["/run/a", "/run/vms/a", "/vm/a"] {
+                assert_eq!(bound.admit_socket(Path::new(inside)), Ok(()));
+            }
+            for outside in ["/running", "/images/a", "/elsewhere/a"] {
+                let refused = bound.admit_socket(Path::new(outside)).expect_err(outside).to_string();
+                assert!(refused.contains(&format!("socket {outside} ")) && refused.contains("(/run, /vm)"), "{refused}");
+            }
+        }
         for places in [open, strict] {
             let paths = [("/vm/top", PathKind::Neighbour), ("/base/b", PathKind::Neighbour), ("/dev/sdb", PathKind::Alone)];
             let around = places.around(paths.map(|(path, kind)| (Path::new(path), kind)));

@@ -46,9 +46,11 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     stop.follow_signals().context("cannot handle signals")?;
     raise_file_limit();
     let working_directory = std::env::current_dir().context("the working directory cannot be used")?;
-    let places = Places::new(options.allowed_directories.iter().map(|path| real_directory(path)).collect::<anyhow::Result<Vec<_>>>()?);
+    let places =
+        Places::new(options.allowed_directories.iter().map(|path| real_directory("allowed", path)).collect::<anyhow::Result<Vec<_>>>()?);
     let data_files = options.data_files.iter().map(|path| real_file(path)).collect::<anyhow::Result<Vec<_>>>()?;
-    let places = places.with_data_files(data_files);
+    let places =
+        places.with_data_files(data_files).with_socket_directories(socket_directories(&options)?, !options.socket_directories.is_empty());
     let (catalogue, keeper) = Catalogue::start(&options.state_dir)?;
     let reactor = Reactor::new(RING_ENTRIES).context("no io_uring for the control thread")?;
     tracing::info!(event = "io_uring", tier = %reactor.tier(), "what this kernel offers");
@@ -155,20 +157,34 @@ async fn until<T>(end: impl Future<Output = T>, other: impl Future<Output = std:
 }
 
 /// The directory without symbolic links: names are compared with what paths really are.
-fn real_directory(path: &Path) -> anyhow::Result<PathBuf> {
-    let real = path.canonicalize().with_context(|| format!("allowed directory {}", path.display()))?;
+fn real_directory(what: &str, path: &Path) -> anyhow::Result<PathBuf> {
+    let real = path.canonicalize().with_context(|| format!("{what} directory {}", path.display()))?;
     if !real.is_dir() {
-        bail!("allowed directory {} is not a directory", path.display());
+        bail!("{what} directory {} is not a directory", path.display());
     }
     Ok(real)
+}
+
+/// Where sockets of devices added on the control socket may be: where the operator has put sockets himself, and where he allows them.
+fn socket_directories(options: &Options) -> anyhow::Result<Vec<PathBuf>> {
+    let allowed = options.socket_directories.iter().map(|path| real_directory("socket", path));
+    let mut directories = allowed.collect::<anyhow::Result<BTreeSet<_>>>()?;
+    // One that is not there stands in the way of its socket, which then says so.
+    let named = options.devices.iter().map(|device| &device.socket).chain([&options.control]);
+    directories.extend(named.filter_map(|socket| directory_of(socket).canonicalize().ok()));
+    Ok(directories.into_iter().collect())
+}
+
+/// The directory that a path leads to, "." for a bare name.
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// The absolute path of a file, its directory without symbolic links.
 fn real_file(path: &Path) -> anyhow::Result<PathBuf> {
     let named = || format!("allowed data file {}", path.display());
     let name = path.file_name().ok_or_else(|| anyhow::anyhow!("the path does not end with a file name")).with_context(named)?;
-    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Ok(directory.canonicalize().with_context(named)?.join(name))
+    Ok(directory_of(path).canonicalize().with_context(named)?.join(name))
 }
 
 /// Deep chains need many descriptors.

@@ -224,7 +224,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// A daemon over these files that has not been told of any device. `allowed` are its `--allow-dir`s.
+    /// A daemon over these files that has not been told of any device. `allowed` are its `--allow-dir`s; its sockets are in /run.
     pub(crate) fn start(environment: SimulatedEnvironment, catalogue: CatalogueFile, allowed: &[&str]) -> Self {
         let host = FakeHost { environment: environment.clone(), queues: Rc::default() };
         let queues = Rc::clone(&host.queues);
@@ -239,7 +239,7 @@ impl World {
             catalogue: Catalogue::in_place(Store::with_backend(catalogue.clone()).expect("a catalogue")),
             keeper: Arc::<TestKeeper>::default(),
             working_directory: PathBuf::from(FOLDER),
-            places: Places::new(allowed.iter().map(PathBuf::from)),
+            places: Places::new(allowed.iter().map(PathBuf::from)).with_socket_directories(vec!["/run".into()], false),
         };
         let manager = Manager::new(parts, sink, move || asked.set(asked.get() + 1));
         Self { environment, manager, catalogue, queues, events, quits, ticking: Rc::default() }
