@@ -1,6 +1,7 @@
 //! Commands about block nodes, in QEMU's names and shapes (`qapi/block-core.json`, `qapi/transaction.json`).
 //!
-//! Each device is a node of its own name until a snapshot gives its new top another one (`snapshot-node-name`).
+//! Each layer of a device is a node. The top that a device begins with has the device's name, and keeps it when it is covered; an overlay has the
+//! name that the command gives it (`snapshot-node-name`), or one made up.
 
 use std::path::PathBuf;
 
@@ -33,6 +34,9 @@ pub struct BlockNode {
     pub node_name: String,
     /// Whether it is open for reading only.
     pub ro: bool,
+    /// True: the daemon has it open and may use it.
+    #[serde(default)]
+    pub active: bool,
     /// The format's name.
     pub drv: String,
     /// The layer below.
@@ -72,8 +76,11 @@ pub struct BlockNodeImage {
     pub filename: String,
     /// The format's name.
     pub format: String,
-    /// Size of the disk in bytes.
+    /// Size of the disk in bytes; 0 of a node that [`BlockdevAdd`] has named and nobody uses, as its image is not open.
     pub virtual_size: u64,
+    /// Whether its reference counts may be out of date.
+    #[serde(default)]
+    pub dirty_flag: bool,
     /// Space that the file takes on its own medium, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub actual_size: Option<u64>,
@@ -131,15 +138,15 @@ pub enum NewImageMode {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct BlockdevSnapshotSync {
-    /// The device. This or `node-name` has to be there, and not both.
+    /// The device, whatever is on top of it. This or `node-name` has to be there, and not both.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// The node on top of the device.
+    /// The node on top of the device. The overlay's then has to be given as well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_name: Option<String>,
     /// The overlay.
     pub snapshot_file: PathBuf,
-    /// Its node's name.
+    /// Its node's name. One is made up if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_node_name: Option<String>,
     /// Its format: qcow2 if absent.

@@ -11,13 +11,11 @@ use snapfence::protocol::{
 use snapfence_image_format::storage::Environment;
 
 use super::Manager;
-use super::device::Device;
 use super::host::Host;
 use super::lifecycle::RemoveError;
 use super::open::GivenBy;
 use crate::catalogue::{CatalogueError, microseconds};
 use crate::control::Reply;
-use crate::name;
 use crate::options::DeviceOptions;
 use crate::snapshot::{Asked, Member, Overlay, Refusal, StartError, info_of};
 
@@ -85,7 +83,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 self.jobs.cancel(&asked.id).map_err(Failure::generic)?;
                 answer(Empty {})
             }
-            Command::QueryNamedBlockNodes(_) => answer(self.devices().iter().map(|device| device.block_node()).collect::<Vec<BlockNode>>()),
+            Command::QueryNamedBlockNodes(_) => answer::<Vec<BlockNode>>(self.block_nodes()),
             Command::Transaction(transaction) => {
                 let members = transaction.actions.into_iter().map(|action| self.member_of_action(action)).collect::<Result<Vec<_>, _>>()?;
                 self.cut_as_qemu_does(members).await?;
@@ -106,6 +104,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 answer(Empty {})
             }
             Command::BlockdevDel(asked) => {
+                if self.is_promised(&asked.node_name) && self.nodes.borrow().contains_key(&asked.node_name) {
+                    return Err(Failure::generic(format_args!("a snapshot is about to use node '{}'", asked.node_name)));
+                }
                 let removed = self.nodes.borrow_mut().remove(&asked.node_name);
                 removed.ok_or_else(|| Failure::no_device(&asked.node_name))?;
                 answer(Empty {})
@@ -176,7 +177,14 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     fn member_of_sync(&self, asked: BlockdevSnapshotSync) -> Result<NamedMember, Failure> {
         qcow2_only(asked.format)?;
         let device = match (&asked.device, &asked.node_name) {
-            (Some(name), None) | (None, Some(name)) => self.device_or_node(name)?.name().to_owned(),
+            (Some(name), None) => self.device_or_node(name)?.name().to_owned(),
+            (None, Some(node)) => {
+                let device = self.device_under_node(node)?.name().to_owned();
+                if asked.snapshot_node_name.is_none() {
+                    return Err(Failure::generic("New overlay node-name missing: with 'node-name' give 'snapshot-node-name'"));
+                }
+                device
+            }
             _ => return Err(Failure::generic("either 'device' or 'node-name' is needed, and not both")),
         };
         if let Some(node) = &asked.snapshot_node_name {
@@ -196,13 +204,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         }
         let (members, node_names): (Vec<_>, Vec<_>) =
             named.into_iter().map(|named| ((named.member.clone()), (named.member.device, named.node_name))).unzip();
-        let given: Vec<_> = node_names.iter().filter_map(|(_, node)| node.as_deref()).collect();
-        if let Some(twice) = given.iter().enumerate().find_map(|(at, node)| given[..at].contains(node).then_some(node)) {
-            return Err(Failure::generic(format_args!("the node '{twice}' is named twice")));
-        }
+        let promise = self.promise_nodes(node_names.iter().filter_map(|(_, node)| node.as_deref()))?;
         let mut number = microseconds(self.environment.wall_clock());
         for _ in 0..NAME_ATTEMPTS {
-            let asked = Asked { name: format!("qmp-{number}"), members: members.clone(), deadline_ms: None };
+            let name = format!("qmp-{number}");
+            let asked = Asked { name: name.clone(), members: members.clone(), deadline_ms: None };
             let progress = match self.start_snapshot(asked, None).await {
                 Err(StartError::Refused(Refusal::NameTaken(_))) => {
                     number += 1;
@@ -214,26 +220,12 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             for (device, node_name) in node_names {
                 let (Some(device), Some(node_name)) = (self.device(&device), node_name) else { continue };
                 self.nodes.borrow_mut().remove(&node_name);
-                device.node_name.replace(node_name);
+                device.name_node(&name, &node_name);
             }
+            drop(promise);
             return progress.frozen().await.map(drop);
         }
         Err(Failure::generic("no free name was found for the snapshot"))
-    }
-
-    fn device_or_node(&self, name: &str) -> Result<Rc<Device<E, H>>, Failure> {
-        let found = self.device(name).or_else(|| self.devices().into_iter().find(|device| *device.node_name.borrow() == name));
-        found.ok_or_else(|| Failure::no_device(name))
-    }
-
-    fn check_new_node(&self, node: &str) -> Result<(), Failure> {
-        if name::check(node).is_err() {
-            return Err(Failure::generic(format_args!("'{node}' cannot be a node's name: a name has {}", name::RULE)));
-        }
-        if self.nodes.borrow().contains_key(node) || self.device_or_node(node).is_ok() {
-            return Err(Failure::generic(format_args!("there already is a node or device '{node}'")));
-        }
-        Ok(())
     }
 
     fn add_node(&self, node: BlockdevAdd) -> Result<(), Failure> {

@@ -30,8 +30,6 @@ pub struct Device<E: Environment, H: Host<E>> {
     pub(crate) leaving: Cell<bool>,
     /// A snapshot of it is under way.
     pub(crate) in_snapshot: Cell<bool>,
-    /// What QEMU's commands call the present top.
-    pub(crate) node_name: RefCell<String>,
 }
 
 /// One layer and what is known of it beside what the stack knows.
@@ -40,6 +38,8 @@ pub(crate) struct DeviceLayer<E: Environment> {
     pub(crate) record: LayerRecord,
     pub(crate) identity: FileIdentity,
     pub(crate) layer: Arc<Layer<E>>,
+    /// What QEMU's commands call it.
+    pub(crate) node_name: String,
     pub(crate) state: LayerState,
     /// The snapshot that put it on top.
     pub(crate) made_by: Option<String>,
@@ -48,9 +48,9 @@ pub(crate) struct DeviceLayer<E: Environment> {
 }
 
 impl<E: Environment> DeviceLayer<E> {
-    pub(crate) fn new(opened: ChainLayer<E>, state: LayerState) -> Self {
+    pub(crate) fn new(opened: ChainLayer<E>, state: LayerState, node_name: String) -> Self {
         let record = LayerRecord { path: opened.path, format: opened.format };
-        Self { record, identity: opened.identity, layer: opened.layer, state, made_by: None, snapshot: None }
+        Self { record, identity: opened.identity, layer: opened.layer, node_name, state, made_by: None, snapshot: None }
     }
 }
 
@@ -85,6 +85,13 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
     pub(crate) fn set_layer_snapshot(&self, path: &Path, snapshot: &str) {
         if let Some(found) = self.layers.borrow_mut().iter_mut().find(|other| other.record.path == path) {
             found.snapshot = Some(snapshot.to_owned());
+        }
+    }
+
+    /// Gives a name to the node of the layer that `snapshot` put on top.
+    pub(crate) fn name_node(&self, snapshot: &str, node_name: &str) {
+        if let Some(found) = self.layers.borrow_mut().iter_mut().find(|layer| layer.made_by.as_deref() == Some(snapshot)) {
+            node_name.clone_into(&mut found.node_name);
         }
     }
 
@@ -145,29 +152,38 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
         StackInfo { device: self.name().to_owned(), layers: self.layers.borrow().iter().rev().map(describe).collect() }
     }
 
-    /// As `query-named-block-nodes` shows its top.
-    pub fn block_node(&self) -> BlockNode {
+    /// As `query-named-block-nodes` shows its layers, the top first.
+    pub(crate) fn block_nodes(&self) -> Vec<BlockNode> {
         let layers = self.layers.borrow();
-        let top = layers.last().expect("a stack has at least one layer");
-        let backing = layers.len().checked_sub(2).and_then(|at| layers.get(at)).map(|layer| &layer.record);
-        let file = top.record.path.display().to_string();
+        (0..layers.len()).rev().map(|at| self.block_node(&layers[..=at])).collect()
+    }
+
+    /// The last of these layers, which lies on the others.
+    fn block_node(&self, layers: &[DeviceLayer<E>]) -> BlockNode {
+        let (layer, below) = layers.split_last().expect("a layer is asked for");
+        let is_top = below.len() + 1 == self.layers.borrow().len();
+        let backing = below.last().map(|layer| &layer.record);
+        let file = layer.record.path.display().to_string();
         let image = BlockNodeImage {
             filename: file.clone(),
-            format: top.record.format.name().to_owned(),
-            virtual_size: top.layer.virtual_size(),
-            actual_size: top.layer.file().allocated_bytes().ok(),
-            cluster_size: top.layer.cluster_bytes(),
+            format: layer.record.format.name().to_owned(),
+            virtual_size: layer.layer.virtual_size(),
+            actual_size: layer.layer.file().allocated_bytes().ok(),
+            // Of an open image; reference counts are never updated late.
+            dirty_flag: false,
+            cluster_size: layer.layer.cluster_bytes(),
             backing_filename: backing.map(|record| record.path.display().to_string()),
             full_backing_filename: backing.map(|record| record.path.display().to_string()),
             backing_filename_format: backing.map(|record| record.format.name().to_owned()),
         };
         BlockNode {
             file,
-            node_name: self.node_name.borrow().clone(),
-            ro: self.options.read_only,
-            drv: top.record.format.name().to_owned(),
+            node_name: layer.node_name.clone(),
+            ro: self.options.read_only || !is_top,
+            active: true,
+            drv: layer.record.format.name().to_owned(),
             backing_file: backing.map(|record| record.path.display().to_string()),
-            backing_file_depth: u32::try_from(layers.len() - 1).unwrap_or(u32::MAX),
+            backing_file_depth: u32::try_from(below.len()).unwrap_or(u32::MAX),
             image,
             cache: BlockNodeCache { writeback: true, direct: self.options.cache == CacheMode::Direct, no_flush: false },
             ..BlockNode::default()

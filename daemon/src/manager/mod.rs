@@ -8,6 +8,7 @@ mod device;
 mod host;
 mod lifecycle;
 mod neighbours;
+mod nodes;
 mod open;
 mod places;
 mod recover;
@@ -53,7 +54,7 @@ pub struct Manager<E: Environment, H: Host<E>> {
     /// Relative paths start here.
     pub(crate) working_directory: PathBuf,
     devices: RefCell<BTreeMap<String, Rc<Device<E, H>>>>,
-    /// Names and sockets of devices that are being opened.
+    /// Names and sockets of devices that are being opened, and names that nodes will have.
     opening: RefCell<BTreeSet<Reserved>>,
     /// Fewer are being opened.
     opened: WaitQueue,
@@ -61,6 +62,8 @@ pub struct Manager<E: Environment, H: Host<E>> {
     pub(crate) snapshots: RefCell<BTreeMap<String, Rc<Progress>>>,
     /// What `blockdev-add` has named.
     nodes: RefCell<BTreeMap<String, BlockdevAdd>>,
+    /// How many names were made up for nodes.
+    made_nodes: Cell<u64>,
     /// Devices that cannot be served, because it is unknown which layer is their top, and why.
     unsettled: RefCell<BTreeMap<String, String>>,
     stopping: Cell<bool>,
@@ -68,7 +71,7 @@ pub struct Manager<E: Environment, H: Host<E>> {
     quit: Box<dyn Fn()>,
 }
 
-/// What two devices cannot both have.
+/// What two devices, or a device and a node, cannot both have.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Reserved {
     Name(String),
@@ -112,6 +115,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             opened: WaitQueue::new(),
             snapshots: RefCell::default(),
             nodes: RefCell::default(),
+            made_nodes: Cell::new(0),
             unsettled: RefCell::default(),
             stopping: Cell::new(false),
             quit: Box::new(quit),

@@ -50,6 +50,9 @@ pub enum DeviceOpenCause {
     /// The name is taken.
     #[error("there already is a device of this name")]
     NameTaken,
+    /// The name is a node's.
+    #[error("its name is that of a block node: {0}")]
+    NodeNameTaken(String),
     /// The socket is taken.
     #[error("socket {0} belongs to another device")]
     SocketTaken(PathBuf),
@@ -168,9 +171,24 @@ impl Protection for Beneath {
 }
 
 /// Gives names back when opening has ended.
-struct Reservation<'a, E: Environment, H: Host<E>> {
+pub(super) struct Reservation<'a, E: Environment, H: Host<E>> {
     manager: &'a Manager<E, H>,
-    reserved: [Reserved; 2],
+    reserved: Vec<Reserved>,
+}
+
+impl<'a, E: Environment, H: Host<E>> Reservation<'a, E, H> {
+    pub(super) fn new(manager: &'a Manager<E, H>) -> Self {
+        Self { manager, reserved: Vec::new() }
+    }
+
+    /// Reserves one thing more, unless somebody has.
+    pub(super) fn add(&mut self, reserved: Reserved) -> bool {
+        let free = self.manager.opening.borrow_mut().insert(reserved.clone());
+        if free {
+            self.reserved.push(reserved);
+        }
+        free
+    }
 }
 
 impl<E: Environment, H: Host<E>> Drop for Reservation<'_, E, H> {
@@ -247,7 +265,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let mut layers: Vec<_> = layers
             .into_iter()
             .enumerate()
-            .map(|(at, layer)| DeviceLayer::new(layer, if at == top && !read_only { LayerState::Active } else { LayerState::Frozen }))
+            .map(|(at, layer)| {
+                let state = if at == top && !read_only { LayerState::Active } else { LayerState::Frozen };
+                DeviceLayer::new(layer, state, if at == top { options.name.clone() } else { self.fresh_node_name() })
+            })
             .collect();
         for (snapshot, member) in frozen {
             for layer in &mut layers {
@@ -260,7 +281,6 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             }
         }
         let device = Rc::new(Device {
-            node_name: RefCell::new(options.name.clone()),
             options,
             stack,
             layers: RefCell::new(layers),
@@ -292,16 +312,20 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             return Err(DeviceOpenCause::Stopping);
         }
         let (name, socket) = (Reserved::Name(options.name.clone()), Reserved::Socket(options.socket.clone()));
-        let mut opening = self.opening.borrow_mut();
-        if self.device(&options.name).is_some() || opening.contains(&name) {
+        let mut reservation = Reservation::new(self);
+        if self.device(&options.name).is_some() || !reservation.add(name) {
             return Err(DeviceOpenCause::NameTaken);
         }
-        if opening.contains(&socket) || self.devices().iter().any(|device| device.options.socket == options.socket) {
+        if let Some(other) = self.device_of_node(&options.name) {
+            return Err(DeviceOpenCause::NodeNameTaken(format!("a layer of device '{}' has it", other.name())));
+        }
+        if self.nodes.borrow().contains_key(&options.name) {
+            return Err(DeviceOpenCause::NodeNameTaken("blockdev-add has given it, and blockdev-del takes it back".to_owned()));
+        }
+        if self.devices().iter().any(|device| device.options.socket == options.socket) || !reservation.add(socket) {
             return Err(DeviceOpenCause::SocketTaken(options.socket.clone()));
         }
-        opening.extend([name.clone(), socket.clone()]);
-        drop(opening);
-        Ok(Reservation { manager: self, reserved: [name, socket] })
+        Ok(reservation)
     }
 
     /// Opens the recorded stack if there is one, else the image at `asked` with what lies beneath it.

@@ -386,7 +386,16 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 top.state = LayerState::Freezing;
             }
             let Prepared { record, identity, layer, .. } = overlay;
-            layers.push(DeviceLayer { record, identity, layer, state: LayerState::Active, made_by: Some(name.to_owned()), snapshot: None });
+            let node_name = self.fresh_node_name();
+            layers.push(DeviceLayer {
+                record,
+                identity,
+                layer,
+                node_name,
+                state: LayerState::Active,
+                made_by: Some(name.to_owned()),
+                snapshot: None,
+            });
         }
         Switched { device, old, view }
     }

@@ -243,13 +243,14 @@ fn qemus_commands_take_group_snapshots() {
             let nodes: Vec<_> = nodes.as_array().expect("a list").iter().map(|node| (node["node-name"].clone(), node["file"].clone())).collect();
             nodes
         };
-        let expect = |names: [(&str, &str); 2]| names.map(|(name, file)| (json!(name), json!(file)));
-        assert_eq!(nodes(&world).await, expect([("vda", "/vm/vda.qcow2"), ("vdb", "/vm/vdb.qcow2")]));
+        let expect = |names: &[(&str, &str)]| names.iter().map(|(name, file)| (json!(name), json!(file))).collect::<Vec<_>>();
+        assert_eq!(nodes(&world).await, expect(&[("vda", "/vm/vda.qcow2"), ("vdb", "/vm/vdb.qcow2")]));
         let sync = |device: &str, node: &str, file: &str| {
             json!({ "type": "blockdev-snapshot-sync", "data": { "node-name": device, "snapshot-node-name": node, "snapshot-file": file } })
         };
         world.done("transaction", json!({ "actions": [sync("vda", "a1", "/vm/a1"), sync("vdb", "b1", "/vm/b1")] })).await;
-        assert_eq!(nodes(&world).await, expect([("a1", "/vm/a1"), ("b1", "/vm/b1")]));
+        let named = [("a1", "/vm/a1"), ("vda", "/vm/vda.qcow2"), ("b1", "/vm/b1"), ("vdb", "/vm/vdb.qcow2")];
+        assert_eq!(nodes(&world).await, expect(&named), "a name stays with its layer");
         let listed = world.done("snapshot-list", json!({})).await;
         assert_eq!((listed.as_array().map(Vec::len), &listed[0]["state"]), (Some(1), &json!("frozen")), "one group");
         // With an overlay that is there: by mode, and by a node.
@@ -259,22 +260,44 @@ fn qemus_commands_take_group_snapshots() {
         world.done("blockdev-snapshot-sync", json!({ "device": "vda", "snapshot-file": "/vm/a2", "mode": "existing" })).await;
         let add = json!({ "driver": "qcow2", "node-name": "b2", "file": { "driver": "file", "filename": "/vm/b2" }, "backing": null });
         world.done("blockdev-add", add.clone()).await;
+        assert_eq!(nodes(&world).await.last(), Some(&(json!("b2"), json!("/vm/b2"))), "not in use yet");
         world.done("blockdev-snapshot", json!({ "node": "b1", "overlay": "b2" })).await;
-        assert_eq!(nodes(&world).await, expect([("a1", "/vm/a2"), ("b2", "/vm/b2")]));
+        let all = nodes(&world).await;
+        let made_up = all[0].0.as_str().expect("a name").to_owned();
+        assert!(made_up.starts_with("#block"), "{made_up}");
+        let overlays = [(made_up.as_str(), "/vm/a2"), ("a1", "/vm/a1"), ("vda", "/vm/vda.qcow2"), ("b2", "/vm/b2")];
+        assert_eq!(all, expect(&[&overlays[..], &named[2..]].concat()));
         // What is wrong changes nothing.
         let table = [
             ("blockdev-snapshot-sync", json!({ "device": "vdx", "snapshot-file": "/vm/x" }), ErrorClass::DeviceNotFound),
             ("blockdev-snapshot-sync", json!({ "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
             ("blockdev-snapshot-sync", json!({ "device": "vda", "node-name": "a1", "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
+            ("blockdev-snapshot-sync", json!({ "node-name": made_up, "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
+            (
+                "blockdev-snapshot-sync",
+                json!({ "node-name": "vda", "snapshot-node-name": "x", "snapshot-file": "/vm/x" }),
+                ErrorClass::GenericError,
+            ),
+            (
+                "blockdev-snapshot-sync",
+                json!({ "device": "vda", "snapshot-node-name": "a1", "snapshot-file": "/vm/x" }),
+                ErrorClass::GenericError,
+            ),
+            ("blockdev-snapshot", json!({ "node": "a1", "overlay": "b2" }), ErrorClass::GenericError),
+            (
+                "device-add",
+                json!({ "name": "a1", "image": "/vm/b2", "format": "qcow2", "socket": "/run/a1", "readonly": true }),
+                ErrorClass::GenericError,
+            ),
             ("blockdev-snapshot-sync", json!({ "device": "vda", "snapshot-file": "/vm/x", "format": "raw" }), ErrorClass::GenericError),
             ("blockdev-snapshot-sync", json!({ "device": "vda", "snapshot-file": "/vm/a1" }), ErrorClass::GenericError),
             ("blockdev-snapshot", json!({ "node": "vda", "overlay": "none" }), ErrorClass::DeviceNotFound),
             ("blockdev-add", add, ErrorClass::GenericError),
             ("blockdev-del", json!({ "node-name": "b2" }), ErrorClass::DeviceNotFound),
-            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("vdb", "x", "/vm/y")] }), ErrorClass::GenericError),
-            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("vda", "y", "/vm/y")] }), ErrorClass::GenericError),
-            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("none", "y", "/vm/y")] }), ErrorClass::DeviceNotFound),
-            ("transaction", json!({ "actions": [sync("vda", "x", "/vm/x"), sync("vdb", "y", "/vm/b1")] }), ErrorClass::GenericError),
+            ("transaction", json!({ "actions": [sync(&made_up, "x", "/vm/x"), sync("b2", "x", "/vm/y")] }), ErrorClass::GenericError),
+            ("transaction", json!({ "actions": [sync(&made_up, "x", "/vm/x"), sync(&made_up, "y", "/vm/y")] }), ErrorClass::GenericError),
+            ("transaction", json!({ "actions": [sync(&made_up, "x", "/vm/x"), sync("none", "y", "/vm/y")] }), ErrorClass::DeviceNotFound),
+            ("transaction", json!({ "actions": [sync(&made_up, "x", "/vm/x"), sync("b2", "y", "/vm/b1")] }), ErrorClass::GenericError),
             ("transaction", json!({ "actions": [{ "type": "blockdev-backup", "data": {} }] }), ErrorClass::GenericError),
         ];
         let files = world.files();
@@ -283,8 +306,22 @@ fn qemus_commands_take_group_snapshots() {
             assert_eq!(refused.class, class, "{command} {arguments}: {}", refused.desc);
         }
         assert_eq!(world.files(), files);
-        assert_eq!(nodes(&world).await, expect([("a1", "/vm/a2"), ("b2", "/vm/b2")]));
+        assert_eq!(nodes(&world).await, all);
         world.done("transaction", json!({ "actions": [] })).await;
+        // The name that was made up is as good as any.
+        let sync = json!({ "node-name": made_up, "snapshot-node-name": "a3", "snapshot-file": "/vm/a3" });
+        world.done("blockdev-snapshot-sync", sync).await;
+        let listed = world.done("query-named-block-nodes", json!({})).await;
+        let shown = |at: usize| (listed[at]["node-name"].clone(), listed[at]["ro"].clone(), listed[at]["backing_file_depth"].clone());
+        assert_eq!([shown(0), shown(1)], [(json!("a3"), json!(false), json!(3)), (json!(made_up), json!(true), json!(2))]);
+        for node in listed.as_array().expect("a list") {
+            assert_eq!((&node["active"], &node["image"]["dirty-flag"]), (&json!(true), &json!(false)), "{node}");
+        }
+        // A node that is named belongs to no device, and none may take its name.
+        world.done("blockdev-add", json!({ "driver": "qcow2", "node-name": "vdc", "file": { "driver": "file", "filename": "/vm/c" } })).await;
+        let add = json!({ "name": "vdc", "image": "/vm/vdc.raw", "format": "raw", "socket": "/run/vdc" });
+        let refused = world.ask("device-add", add).await.expect_err("its name is taken").desc;
+        assert!(refused.contains("blockdev-del"), "{refused}");
     });
 }
 
