@@ -18,6 +18,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::name;
+use crate::socket::{GROUP_MODE, Group, SOCKET_MODE, SocketAccess};
 
 /// Virtqueues of a device unless it says otherwise.
 pub const DEFAULT_QUEUES: u16 = 1;
@@ -70,6 +71,8 @@ pub struct DeviceOptions {
     pub serial: String,
     /// Whether transfers pass the page cache.
     pub cache: CacheMode,
+    /// Who may connect.
+    pub socket_access: SocketAccess,
 }
 
 /// Why the daemon was not started.
@@ -162,7 +165,7 @@ struct Arguments {
         long,
         value_name = "KEY=VALUE,...",
         help = "A disk to serve (repeatable): name=vda,image=PATH,format=raw|qcow2,socket=PATH[,queues=N][,queue-size=N][,readonly=on|off]\
-                [,serial=TEXT][,cache=direct|buffered]. A comma inside a value is written twice"
+                [,serial=TEXT][,cache=direct|buffered][,socket-mode=OCTAL][,socket-group=NAME|NUMBER]. A comma inside a value is written twice"
     )]
     device: Vec<String>,
 
@@ -353,7 +356,19 @@ impl TryFrom<DeviceAdd> for DeviceOptions {
             let start: String = serial.chars().take(2 * MAX_SERIAL_BYTES).collect();
             return refused("serial", &start, "at most 20 printable ASCII characters");
         }
+        let mode = match &asked.socket_mode {
+            None => None,
+            Some(text) => match octal(text) {
+                Some(mode) => Some(mode),
+                None => return refused("socket-mode", text, "permissions in octal, such as 0660"),
+            },
+        };
+        let group = match asked.socket_group {
+            Some(text) if text.is_empty() || text.contains('\0') => return refused("socket-group", &text, "a group's name or number"),
+            other => other.map(|text| text.parse().map_or(Group::Name(text), Group::Id)),
+        };
         Ok(Self {
+            socket_access: SocketAccess { mode: mode.unwrap_or(if group.is_some() { GROUP_MODE } else { SOCKET_MODE }), group },
             name: asked.name,
             image: asked.image,
             format: format_of(asked.format),
@@ -368,6 +383,12 @@ impl TryFrom<DeviceAdd> for DeviceOptions {
             },
         })
     }
+}
+
+/// Permissions as `chmod` takes them, without the bits that mean nothing for a socket.
+fn octal(text: &str) -> Option<u32> {
+    let is_octal = (1..=4).contains(&text.len()) && text.bytes().all(|byte| (b'0'..=b'7').contains(&byte));
+    u32::from_str_radix(text, 8).ok().filter(|mode| is_octal && *mode <= 0o777)
 }
 
 /// The library's word for a format of the protocol.
@@ -423,7 +444,8 @@ mod tests {
     fn a_device_has_all_keys_or_their_defaults() {
         let options = with_base(&[
             "--device",
-            "name=vda,image=/i,,1.qcow2,format=qcow2,socket=/s,queues=4,queue-size=128,readonly=on,serial=A b,cache=buffered",
+            "name=vda,image=/i,,1.qcow2,format=qcow2,socket=/s,queues=4,queue-size=128,readonly=on,serial=A b,cache=buffered,\
+             socket-mode=666,socket-group=36",
             "--device",
             "name=vdb,image=b,format=raw,socket=t",
             "--allow-dir",
@@ -443,6 +465,7 @@ mod tests {
             read_only: true,
             serial: "A b".into(),
             cache: CacheMode::Buffered,
+            socket_access: SocketAccess { mode: 0o666, group: Some(Group::Id(36)) },
         };
         let second = DeviceOptions {
             name: "vdb".into(),
@@ -454,6 +477,7 @@ mod tests {
             read_only: false,
             serial: "vdb".into(),
             cache: CacheMode::Direct,
+            socket_access: SocketAccess { mode: SOCKET_MODE, group: None },
         };
         assert_eq!(options.devices, [first, second]);
     }
@@ -461,6 +485,7 @@ mod tests {
     #[test]
     fn whatever_is_wrong_is_told_in_one_line() {
         let good = "name=a,image=i,format=raw,socket=s";
+        let with = |more| format!("{good},{more}");
         let table: &[(&[&str], &str)] = &[
             (&["--device", "name=a,image=i,socket=s"], "device a: 'format=' is missing"),
             (&["--device", "name=a,image=i,format=raw"], "device a: 'socket=' is missing"),
@@ -469,7 +494,7 @@ mod tests {
             (&["--device", "name=a,image=i,format=vmdk,socket=s"], "device a: 'format=vmdk': expected raw or qcow2"),
             (
                 &["--device", "name=a,nmae=b"],
-                "device a: there is no option 'nmae'; there are name, image, format, socket, queues, queue-size, readonly, serial and cache",
+                "device a: there is no option 'nmae'; there are name, image, format, socket, queues, queue-size, readonly, serial, cache, socket-mode and socket-group",
             ),
             (&["--device", "name=a,name=b"], "device a: 'name' is given twice"),
             (&["--device", "name=a,readonly"], "device a: 'readonly' is not of the form KEY=VALUE"),
@@ -485,6 +510,10 @@ mod tests {
                 "device a: 'serial=123456789012345678901': expected at most 20 printable ASCII characters",
             ),
             (&["--device", "name=a,image=i,format=raw,socket=s,cache=none"], "device a: 'cache=none': expected direct or buffered"),
+            (&["--device", &with("socket-mode=0880")], "device a: 'socket-mode=0880': expected permissions in octal, such as 0660"),
+            (&["--device", &with("socket-mode=+660")], "device a: 'socket-mode=+660': expected permissions in octal, such as 0660"),
+            (&["--device", &with("socket-mode=2660")], "device a: 'socket-mode=2660': expected permissions in octal, such as 0660"),
+            (&["--device", &with("socket-group=")], "device a: 'socket-group=': expected a group's name or number"),
             (&["--device", good, "--device", "name=a,image=j,format=raw,socket=t"], "two devices have the name `a`"),
             (&["--device", good, "--device", "name=b,image=j,format=raw,socket=s"], "two devices have the socket `s`"),
             (&["--devise", good], "unexpected argument '--devise' found; see `snapfenced --help`"),
@@ -533,11 +562,13 @@ mod tests {
             socket = "/s"
             queues = 2
             readonly = true
+            socket-group = "kvm"
         "#;
         let options = config(text).expect("valid");
         assert_eq!(
             options.devices,
-            [DeviceOptions::parse("name=vda,image=/i.raw,format=raw,socket=/s,queues=2,readonly=on").expect("valid")]
+            [DeviceOptions::parse("name=vda,image=/i.raw,format=raw,socket=/s,queues=2,readonly=on,socket-mode=0660,socket-group=kvm")
+                .expect("valid")]
         );
         assert_eq!(options.allowed_directories, [PathBuf::from("/images")]);
         assert_eq!(options.socket_directories, [PathBuf::from("/run/vms")]);

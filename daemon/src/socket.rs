@@ -1,14 +1,59 @@
 //! Listening sockets that have a path: whose it is, and when it may be taken.
 
-use std::fs;
+use std::ffi::CString;
+use std::fmt;
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, chownat, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+
+/// Most memory for the members of a group.
+const MAX_GROUP_BYTES: usize = 1 << 20;
+
+/// Permissions of a socket unless somebody says otherwise: its owner only, as whoever connects has the disk.
+pub const SOCKET_MODE: u32 = 0o600;
+/// The same if a group is given.
+pub const GROUP_MODE: u32 = 0o660;
+
+/// Who may connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// Permissions of the file; writing is connecting.
+    pub mode: u32,
+    /// Its group, if not what the system gives it.
+    pub group: Option<Group>,
+}
+
+impl Default for SocketAccess {
+    fn default() -> Self {
+        Self { mode: SOCKET_MODE, group: None }
+    }
+}
+
+/// A group of users.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Its number.
+    Id(u32),
+    /// Its name.
+    Name(String),
+}
+
+impl fmt::Display for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(number) => number.fmt(f),
+            Self::Name(name) => name.fmt(f),
+        }
+    }
+}
 
 /// Why a path cannot be listened at.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +70,18 @@ pub enum BindError {
     /// Somebody has it.
     #[error("somebody listens there already")]
     InUse,
+    /// No such group.
+    #[error("there is no group '{0}' for the socket")]
+    NoGroup(String),
+    /// Not for us to give.
+    #[error("the socket cannot be given to group '{group}': {source}; its user must be in that group, or root")]
+    Group {
+        /// Which group.
+        group: Group,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The system refuses.
     #[error(transparent)]
     System(#[from] io::Error),
@@ -63,19 +120,69 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 ///
 /// # Errors
 /// If the path is taken or cannot be used.
-pub(crate) fn listen_at(path: &Path, mode: Mode, flags: SocketFlags, backlog: i32) -> Result<(UnixListener, SocketFile), BindError> {
+pub(crate) fn listen_at(
+    path: &Path,
+    access: &SocketAccess,
+    flags: SocketFlags,
+    backlog: i32,
+) -> Result<(UnixListener, SocketFile), BindError> {
     let address = SocketAddrUnix::new(path).map_err(|error| match error {
         Errno::NAMETOOLONG => BindError::TooLong { bytes: path.as_os_str().len() },
         other => other.into(),
     })?;
+    let group = access.group.as_ref().map(Group::number).transpose()?;
     remove_stale(path, &address)?;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags | SocketFlags::CLOEXEC, None)?;
-    // On Linux the file gets the mode of the unbound socket, less the umask: there is no moment at which others could connect.
-    fchmod(&socket, mode)?;
+    // On Linux the file gets the mode of the unbound socket, less the umask.
+    fchmod(&socket, Mode::from_raw_mode(access.mode & SOCKET_MODE))?;
     bind(&socket, &address)?;
     let file = SocketFile { path: path.to_owned(), identity: identity(path)? };
+    if *access != SocketAccess::default() {
+        give_access(path, access, group)?;
+    }
+    // Nobody could connect before.
     listen(&socket, backlog)?;
     Ok((socket.into(), file))
+}
+
+/// Gives a socket that nobody listens at yet its group and permissions, whatever the umask. A link that took its place is not followed.
+fn give_access(path: &Path, access: &SocketAccess, group: Option<u32>) -> Result<(), BindError> {
+    let file = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if let (Some(number), Some(group)) = (group, &access.group) {
+        let given = chownat(&file, "", None, Some(Gid::from_raw(number)), AtFlags::EMPTY_PATH);
+        given.map_err(|error| BindError::Group { group: group.clone(), source: error.into() })?;
+    }
+    // The way to change what a descriptor without access means.
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(fs::set_permissions(itself, Permissions::from_mode(access.mode))?)
+}
+
+impl Group {
+    /// Its number, which may have to be looked up in the system's databases.
+    fn number(&self) -> Result<u32, BindError> {
+        let name = match self {
+            Self::Id(number) => return Ok(*number),
+            Self::Name(name) => name,
+        };
+        let unknown = || BindError::NoGroup(name.clone());
+        let c_name = CString::new(name.as_bytes()).map_err(|_| unknown())?;
+        let mut buffer = vec![0; 1 << 10];
+        loop {
+            let mut found = MaybeUninit::<libc::group>::uninit();
+            let mut result = std::ptr::null_mut();
+            // SAFETY: the name ends with NUL; the others are places of the right type that live through the call, the buffer with its length.
+            let status =
+                unsafe { libc::getgrnam_r(c_name.as_ptr(), found.as_mut_ptr(), buffer.as_mut_ptr(), buffer.len(), &raw mut result) };
+            match status {
+                0 if result.is_null() => return Err(unknown()),
+                // SAFETY: the call has succeeded and found a group, which is in this place then.
+                0 => return Ok(unsafe { found.assume_init() }.gr_gid),
+                libc::ERANGE if buffer.len() < MAX_GROUP_BYTES => buffer.resize(2 * buffer.len(), 0),
+                libc::ENOENT | libc::ESRCH => return Err(unknown()),
+                other => return Err(io::Error::from_raw_os_error(other).into()),
+            }
+        }
+    }
 }
 
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
@@ -99,17 +206,14 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> 
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixDatagram;
     use std::sync::mpsc::channel;
     use std::time::Duration;
 
     use super::*;
 
-    const OWNER: Mode = Mode::RUSR.union(Mode::WUSR);
-
     fn take(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
-        listen_at(path, OWNER, SocketFlags::empty(), 0)
+        listen_at(path, &SocketAccess::default(), SocketFlags::empty(), 0)
     }
 
     #[test]
@@ -166,6 +270,35 @@ mod tests {
         drop(first);
         assert!(path.exists());
         drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_is_for_whom_the_operator_says() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("socket");
+        let take = |mode, group| listen_at(&path, &SocketAccess { mode, group }, SocketFlags::empty(), 1);
+        let shown = || fs::metadata(&path).map(|file| (file.permissions().mode() & 0o7777, file.gid())).expect("a file");
+        let own = rustix::process::getegid().as_raw();
+        // Whatever the umask.
+        for mode in [0o600, 0o660, 0o666, 0o777] {
+            let _taken = take(mode, None).expect("ours");
+            assert_eq!(shown().0, mode);
+        }
+        let name = fs::read_to_string("/etc/group").ok().and_then(|groups| {
+            let has_number = |line: &&str| line.split(':').nth(2) == Some(own.to_string().as_str());
+            groups.lines().find(has_number).and_then(|line| line.split(':').next().map(str::to_owned))
+        });
+        for group in [Some(Group::Id(own)), name.map(Group::Name)].into_iter().flatten() {
+            let _taken = take(GROUP_MODE, Some(group)).expect("our own group");
+            assert_eq!(shown(), (0o660, own));
+        }
+        if rustix::process::geteuid().is_root() {
+            let _taken = take(GROUP_MODE, Some(Group::Id(own + 1))).expect("root may");
+            assert_eq!(shown(), (0o660, own + 1));
+        }
+        let refused = take(GROUP_MODE, Some(Group::Name("no such group".to_owned()))).expect_err("unknown").to_string();
+        assert!(refused.contains("no group 'no such group'"), "{refused}");
         assert!(!path.exists());
     }
 }

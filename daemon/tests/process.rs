@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -142,4 +143,24 @@ fn sockets_have_directories_of_their_own() {
         assert!(refused.contains("lies outside the directories for sockets") && refused.contains("--socket-dir"), "{refused}");
         daemon.stop();
     }
+}
+
+#[test]
+fn a_device_says_who_may_connect() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let own = rustix::process::getegid().as_raw();
+    let devices = [
+        device(directory.path(), "vda"),
+        format!("{},socket-mode=0666", device(directory.path(), "vdb")),
+        format!("{},socket-group={own}", device(directory.path(), "vdc")),
+    ];
+    let daemon = Daemon::start(directory.path(), &devices);
+    for (name, expected) in [("vda", 0o600), ("vdb", 0o666), ("vdc", 0o660)] {
+        let file = std::fs::metadata(directory.path().join(format!("{name}.sock"))).expect("a socket");
+        assert_eq!((file.mode() & 0o777, file.gid()), (expected, own), "{name}");
+    }
+    daemon.stop();
+    let wrong = format!("{},socket-group=no-such-group", device(directory.path(), "vdd"));
+    let (status, text) = refused(Daemon::command(directory.path(), &[wrong]));
+    assert!(status == Some(1) && text.contains("device 'vdd'") && text.contains("no group 'no-such-group'"), "{text}");
 }

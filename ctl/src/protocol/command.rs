@@ -148,7 +148,7 @@ mod tests {
                 "device-add",
                 json!({
                     "name": "vda", "image": "/i", "format": "raw", "socket": "/s", "queues": 4, "queue-size": 128, "readonly": true,
-                    "serial": "x", "cache": "buffered",
+                    "serial": "x", "cache": "buffered", "socket-mode": "0660", "socket-group": "kvm",
                 }),
             ),
             ("device-remove", json!({ "name": "vda", "force": true })),

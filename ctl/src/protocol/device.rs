@@ -48,6 +48,12 @@ pub struct DeviceAdd {
     /// How the image is opened.
     #[serde(default)]
     pub cache: CacheMode,
+    /// Permissions of the socket, in octal as for `chmod`: 0600 if absent, 0660 with `socket_group`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<String>,
+    /// Group of the socket, by name or number. The daemon's if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
 }
 
 impl Call for DeviceAdd {
@@ -219,7 +225,9 @@ impl From<CacheMode> for snapfence_image_format::storage::CacheMode {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceOptionError {
     /// No such key.
-    #[error("there is no option '{key}'; there are name, image, format, socket, queues, queue-size, readonly, serial and cache")]
+    #[error(
+        "there is no option '{key}'; there are name, image, format, socket, queues, queue-size, readonly, serial, cache, socket-mode and socket-group"
+    )]
     Unknown {
         /// The key.
         key: String,
@@ -309,6 +317,7 @@ impl FromStr for DeviceAdd {
                 Err(DeviceOptionError::Value { key: "cache".to_owned(), value: other.to_owned(), expected: "direct or buffered" })
             }
         };
+        let (socket_mode, socket_group) = (take("socket-mode"), take("socket-group"));
         // A key that is wrong is likelier the cause of one that is missing than the other way round.
         if let Some((key, _)) = given.into_iter().next() {
             return Err(DeviceOptionError::Unknown { key });
@@ -323,6 +332,8 @@ impl FromStr for DeviceAdd {
             readonly: readonly?,
             serial,
             cache: cache?,
+            socket_mode,
+            socket_group,
         })
     }
 }
@@ -333,8 +344,7 @@ mod tests {
 
     #[test]
     fn a_device_is_described_in_one_text() {
-        let text =
-            "socket=/run/a,,b.sock,name=vda,image=/disks/x=y.qcow2,format=raw,queues=4,queue-size=128,readonly=on,serial=,cache=buffered";
+        let text = "socket=/run/a,,b.sock,name=vda,image=/disks/x=y.qcow2,format=raw,queues=4,queue-size=128,readonly=on,serial=,cache=buffered,socket-mode=0660,socket-group=kvm";
         let expected = DeviceAdd {
             name: "vda".to_owned(),
             image: "/disks/x=y.qcow2".into(),
@@ -345,6 +355,8 @@ mod tests {
             readonly: true,
             serial: Some(String::new()),
             cache: CacheMode::Buffered,
+            socket_mode: Some("0660".to_owned()),
+            socket_group: Some("kvm".to_owned()),
         };
         assert_eq!(text.parse(), Ok(expected));
     }

@@ -4,13 +4,10 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use rustix::fs::Mode;
 use rustix::net::SocketFlags;
 
-use crate::socket::{BindError, SocketFile, listen_at};
-
-/// Permissions of a socket unless somebody says otherwise: its owner only, as whoever connects has the disk.
-pub const SOCKET_MODE: u32 = 0o600;
+pub use crate::socket::SOCKET_MODE;
+use crate::socket::{BindError, SocketAccess, SocketFile, listen_at};
 
 /// Connections that may wait while one is being served.
 const BACKLOG: i32 = 16;
@@ -23,12 +20,20 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// Listens at `path`. A socket file that nobody listens at any more, left by a daemon that was killed, is replaced.
+    /// [`Listening::bind_for`] the daemon's group, with these permissions.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn bind(path: &Path, mode: u32) -> Result<Self, BindError> {
+        Self::bind_for(path, &SocketAccess { mode, group: None })
+    }
+
+    /// Listens at `path`, to those who have access. A socket file that nobody listens at any more, left by a daemon that was killed, is replaced.
     ///
     /// # Errors
     /// If the path is taken or cannot be used.
-    pub fn bind(path: &Path, mode: u32) -> Result<Self, BindError> {
-        let (listener, file) = listen_at(path, Mode::from_raw_mode(mode), SocketFlags::empty(), BACKLOG)?;
+    pub fn bind_for(path: &Path, access: &SocketAccess) -> Result<Self, BindError> {
+        let (listener, file) = listen_at(path, access, SocketFlags::empty(), BACKLOG)?;
         Ok(Self { listener, _file: Some(file) })
     }
 

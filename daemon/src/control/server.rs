@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
-use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use snapfence::protocol::Failure;
@@ -19,7 +18,7 @@ use super::encode;
 use super::outbox::Outbox;
 use super::peer::Peer;
 use super::{Commands, Events};
-use crate::socket::{BindError, SocketFile, listen_at};
+use crate::socket::{BindError, SocketAccess, SocketFile, listen_at};
 
 /// Connections waiting to be accepted.
 const BACKLOG: i32 = 128;
@@ -170,11 +169,14 @@ impl Drop for Server {
 /// Makes the listening socket.
 fn open(path: &Path) -> Result<(UnixListener, SocketFile), ServerError> {
     let path_of = || path.to_owned();
-    listen_at(path, Mode::RUSR | Mode::WUSR, SocketFlags::NONBLOCK, BACKLOG).map_err(|error| match error {
+    listen_at(path, &SocketAccess::default(), SocketFlags::NONBLOCK, BACKLOG).map_err(|error| match error {
         BindError::TooLong { bytes } => ServerError::TooLong { path: path_of(), bytes },
         BindError::NotASocket => ServerError::NotASocket { path: path_of() },
         BindError::InUse => ServerError::InUse { path: path_of() },
         BindError::System(source) => ServerError::Listen { path: path_of(), source },
+        other @ (BindError::NoGroup(_) | BindError::Group { .. }) => {
+            ServerError::Listen { path: path_of(), source: io::Error::other(other) }
+        }
     })
 }
 

@@ -15,7 +15,6 @@ use snapfence_image_format::storage::uring::UringEnvironment;
 
 use super::offload::offload;
 use super::workers::{Assignment, Workers};
-use crate::connection::listen::SOCKET_MODE;
 use crate::connection::{ConnectionEvent, Listening, Server};
 use crate::device::{self, Device};
 use crate::jobs::EventSink;
@@ -64,7 +63,7 @@ impl Host<UringEnvironment> for VhostHost {
             queue_size: options.queue_size,
         };
         let device = Device::new(shown, Arc::clone(stack)).map_err(ExportError::new)?;
-        let listening = Listening::bind(socket, SOCKET_MODE)
+        let listening = Listening::bind_for(socket, &options.socket_access)
             .map_err(|error| ExportError::new(format!("cannot listen on socket {}: {error}", socket.display())))?;
         let (assignment, handles) = self
             .workers
