@@ -424,11 +424,20 @@ fn images_in_use_and_raw_ones_are_not_checked() {
         answer.clear();
         assert!(std::io::BufRead::read_line(&mut stdout, &mut answer).unwrap() > 0, "qemu-io ended");
     }
-    for line in ["image check a.qcow2", "image check a.qcow2 --repair leaks"] {
+    done("qemu-img", folder.path(), &words("create -q -f qcow2 -b a.qcow2 -F qcow2 above.qcow2"));
+    for (line, shareable) in [
+        ("image check a.qcow2", true),
+        ("image map a.qcow2", true),
+        ("image map above.qcow2", true),
+        ("image check a.qcow2 --repair leaks", false),
+    ] {
         let output = snapfence(folder.path(), line);
         let err = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{err}");
-        assert!(err.contains("a.qcow2") && err.contains("is in use"), "{err}");
+        assert!(err.contains("a.qcow2") && err.contains("is in use") && err.contains("-U") == shareable, "{line}: {err}");
+    }
+    for line in ["image check -U a.qcow2", "image map a.qcow2 --force-share", "image map above.qcow2 -U", "image info -U a.qcow2"] {
+        snapfence_json(folder.path(), line);
     }
     // Overlays are made above disks in use.
     snapfence_json(folder.path(), "image create top.qcow2 -b a.qcow2 -F qcow2");

@@ -15,7 +15,7 @@ Examples: snapfence image create vda.qcow2 20G
     Create(CreateArguments),
 
     /// Show what an image's header says.
-    #[command(after_help = "Reads the header and takes no lock, so that images in use can be looked at as well.")]
+    #[command(after_help = "Reads the header and takes no lock, so that images in use can be looked at as well, with and without -U.")]
     Info {
         #[command(flatten)]
         image: Image,
@@ -27,19 +27,19 @@ Examples: snapfence image create vda.qcow2 20G
 
     /// Find out whether an image's tables and reference counts agree. The exit status is 1 if they do not.
     #[command(after_help = "\
-Refused while another program or device writes to the image. Leaks are space that nothing uses; they do no harm. Anything else may destroy \
+Refused while another program or device writes to the image, unless -U is given; then what is under way may look like an error. Leaks are space that nothing uses; they do no harm. Anything else may destroy \
 data: copy the image first, then try `qemu-img check -r all` on the copy.")]
     Check {
         #[command(flatten)]
         image: Image,
 
         /// What may be changed. Leaks are repaired only if there is nothing worse.
-        #[arg(long, value_name = "WHAT")]
+        #[arg(long, value_name = "WHAT", conflicts_with = "force_share")]
         repair: Option<Repair>,
     },
 
     /// List which parts of the disk have data, and in which layer.
-    #[command(after_help = "DEPTH 0 is the image itself, 1 the layer beneath, and so on.")]
+    #[command(after_help = "DEPTH 0 is the image itself, 1 the layer beneath, and so on. An image in use is refused unless -U is given.")]
     Map {
         #[command(flatten)]
         image: Image,
@@ -60,6 +60,10 @@ pub(crate) struct Image {
     /// A directory, beside that of the image itself, in which the files named by images may be opened. Repeatable.
     #[arg(long, value_name = "DIR")]
     pub(crate) allow_dir: Vec<PathBuf>,
+
+    /// Look at images that are in use as well. What changes meanwhile may look as it never was.
+    #[arg(long, short = 'U')]
+    pub(crate) force_share: bool,
 }
 
 /// What `image check` may change.

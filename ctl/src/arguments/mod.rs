@@ -222,6 +222,9 @@ mod tests {
             "image check a.qcow2 --repair leaks",
             "image map a.raw -f raw",
             "image map a.raw --format raw",
+            "image map -U a.qcow2",
+            "image check a.qcow2 --force-share",
+            "image info -U a.qcow2",
             "events",
             "completions bash",
             "manual /tmp",
@@ -263,6 +266,7 @@ mod tests {
             "image create a 1G -F raw",
             "image create a 1G --compat 4",
             "image check a --repair all",
+            "image check a -U --repair leaks",
             "jobs",
         ];
         for form in forms {

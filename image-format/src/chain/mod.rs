@@ -7,7 +7,10 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use names::{AllowedDirectories, MAX_NAME_BYTES, NameError};
-pub use open::{ChainCause, ChainError, ChainLayer, ChainOptions, Protection, Unprotected, backing, lock_file, open_chain, open_file};
+pub use open::{
+    ChainCause, ChainError, ChainLayer, ChainOptions, Protection, Unprotected, backing, lock_file, open_chain, open_chain_unlocked,
+    open_file,
+};
 
 /// Most layers of one chain.
 pub const MAX_DEPTH: usize = 65_535;

@@ -161,7 +161,21 @@ pub async fn open_chain<E: Environment>(
     format: Format,
     options: ChainOptions<'_>,
 ) -> Result<Vec<ChainLayer<E>>, ChainError> {
-    open_limited(environment, top, format, options, MAX_DEPTH).await
+    open_limited(environment, top, format, options, MAX_DEPTH, true).await
+}
+
+/// As [`open_chain`], but only to look: nothing is opened for writing, and no lock is taken. A layer that somebody else writes to may look as it
+/// never was.
+///
+/// # Errors
+/// As of [`open_chain`].
+pub async fn open_chain_unlocked<E: Environment>(
+    environment: &E,
+    top: &Location,
+    format: Format,
+    options: ChainOptions<'_>,
+) -> Result<Vec<ChainLayer<E>>, ChainError> {
+    open_limited(environment, top, format, ChainOptions { writable: false, keeper: None, ..options }, MAX_DEPTH, false).await
 }
 
 async fn open_limited<E: Environment>(
@@ -170,6 +184,7 @@ async fn open_limited<E: Environment>(
     format: Format,
     options: ChainOptions<'_>,
     limit: usize,
+    locked: bool,
 ) -> Result<Vec<ChainLayer<E>>, ChainError> {
     let mut layers = Vec::new();
     let mut seen = HashSet::new();
@@ -189,7 +204,9 @@ async fn open_limited<E: Environment>(
         if let Some(dependant) = options.protected.dependant(identity).filter(|_| writable) {
             return Err(failed(ChainCause::Protected { dependant }));
         }
-        lock_file(&file, writable).map_err(failed)?;
+        if locked {
+            lock_file(&file, writable).map_err(failed)?;
+        }
         let layer = match format {
             Format::Raw => Layer::Raw(Raw::open(file, writable).map_err(|error| failed(error.into()))?),
             Format::Qcow2 => {
@@ -204,7 +221,7 @@ async fn open_limited<E: Environment>(
                     header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
                 }
                 next = backing(&path, &header, options.allowed).map_err(failed)?;
-                let data_file = open_data_file(environment, &path, &header, &options).await.map_err(failed)?;
+                let data_file = open_data_file(environment, &path, &header, &options, locked).await.map_err(failed)?;
                 let image = Qcow2::open_with_header(
                     file,
                     header,
@@ -281,6 +298,7 @@ async fn open_data_file<E: Environment>(
     path: &Path,
     header: &Header,
     options: &ChainOptions<'_>,
+    locked: bool,
 ) -> Result<Option<E::File>, ChainCause> {
     use std::os::unix::ffi::OsStrExt;
     let Some(name) = header.data_file_name().filter(|_| header.has_data_file()) else { return Ok(None) };
@@ -289,7 +307,9 @@ async fn open_data_file<E: Environment>(
         return Ok(None); // Opening the image says that it must be allowed by name.
     }
     let file = open_file(environment, &location, false, options.cache).await?;
-    lock_file(&file, false)?;
+    if locked {
+        lock_file(&file, false)?;
+    }
     Ok(Some(file))
 }
 
@@ -475,7 +495,7 @@ mod tests {
             let cache = CacheMode::Direct;
             let options =
                 ChainOptions { allowed: &allowed, data_files: &[], cache, writable: false, protected: &Unprotected, keeper: None };
-            open_limited(&used, &Location::Trusted("/i/499".into()), Format::Qcow2, options, 499).await
+            open_limited(&used, &Location::Trusted("/i/499".into()), Format::Qcow2, options, 499, true).await
         });
         assert_eq!(limited.expect_err("one too many").to_string(), "/i/0: lies beneath 499 layers, which is the limit");
     }

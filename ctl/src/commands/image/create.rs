@@ -141,7 +141,7 @@ async fn create(plan: Plan) -> Result<ImageInfo> {
     if let Some(directory) = path.parent() {
         UringEnvironment.flush_directory(directory).await.with_context(|| format!("cannot make {} durable", path.display()))?;
     }
-    let image = Named { path: path.clone(), format, allowed: AllowedDirectories::default() };
+    let image = Named { path: path.clone(), format, allowed: AllowedDirectories::default(), shared: false };
     info::collect(image, false).await?.pop().with_context(|| format!("nothing is known of {}", path.display()))
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use serde::Serialize;
-use snapfence_image_format::chain::{ChainLayer, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::chain::{ChainLayer, ChainOptions, Format, Unprotected, open_chain, open_chain_unlocked};
 use snapfence_image_format::extent::{Extent, ExtentList, Mapping};
 use snapfence_image_format::storage::CacheMode;
 use snapfence_image_format::storage::uring::UringEnvironment;
@@ -71,7 +71,13 @@ pub(super) fn run(session: &Session, image: Named) -> Result<()> {
             keeper: None,
         };
         let mut sources = Vec::new();
-        for open in open_chain(&UringEnvironment, &image.location(), image.format, options).await? {
+        let location = image.location();
+        let layers = if image.shared {
+            open_chain_unlocked(&UringEnvironment, &location, image.format, options).await?
+        } else {
+            open_chain(&UringEnvironment, &location, image.format, options).await?
+        };
+        for open in layers {
             let holes = match open.format {
                 Format::Raw => Some(File::open(&open.path).with_context(|| format!("cannot open {}", open.path.display()))?),
                 Format::Qcow2 => None,

@@ -29,6 +29,8 @@ struct Named {
     format: Format,
     /// Where names inside the image may lead.
     allowed: AllowedDirectories,
+    /// Whether it is looked at even while others write to it.
+    shared: bool,
 }
 
 impl Named {
@@ -41,14 +43,14 @@ impl TryFrom<Image> for Named {
     type Error = anyhow::Error;
 
     fn try_from(image: Image) -> Result<Self> {
-        let Image { path, format, allow_dir } = image;
+        let Image { path, format, allow_dir, force_share } = image;
         // The allowed directories have to be free of symbolic links, and the names in the image are relative to where it really is.
         let path = fs::canonicalize(&path).with_context(|| format!("cannot find the image {}", path.display()))?;
         let mut allowed = AllowedDirectories::default().with_directory_of(&path);
         for directory in allow_dir {
             allowed.allow(fs::canonicalize(&directory).with_context(|| format!("cannot find the directory {}", directory.display()))?);
         }
-        Ok(Self { path, format: format.into(), allowed })
+        Ok(Self { path, format: format.into(), allowed, shared: force_share })
     }
 }
 
@@ -62,11 +64,22 @@ pub(super) fn run(session: &Session, command: ImageCommand) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// Does something with an image. A failure that comes from a wrong format says how to state the right one.
+/// Does something with an image. A failure that comes from a wrong format says how to state the right one, one that comes from a lock how to do
+/// without.
 fn of<T>(image: Image, action: impl FnOnce(Named) -> Result<T>) -> Result<T> {
     let image = Named::try_from(image)?;
     let path = image.path.clone();
-    action(image).map_err(|error| if is_not_qcow2(&error, &path) { error.context(FormatHint(path)) } else { error })
+    action(image).map_err(|error| match error {
+        error if is_not_qcow2(&error, &path) => error.context(FormatHint(path)),
+        error if is_in_use(&error) => error.context("-U (--force-share) looks at images in use as well"),
+        error => error,
+    })
+}
+
+/// Whether the error is that somebody else writes to what was only to be read.
+fn is_in_use(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<ChainError>().map(|error| &error.cause).or_else(|| error.downcast_ref::<ChainCause>());
+    matches!(cause, Some(ChainCause::InUse { writing: false }))
 }
 
 #[derive(Debug, thiserror::Error)]
