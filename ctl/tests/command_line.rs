@@ -305,6 +305,16 @@ fn events_are_followed_until_the_reader_has_enough() {
 }
 
 #[test]
+fn an_overlay_that_is_missing_can_be_made() {
+    let daemon = start(|_, _| error("GenericError", "overlay /o: there is no such file"));
+    daemon.run(&["snapshot", "create", "s", "--device", "vda=none.qcow2"]).failed("none.qcow2 is not there; --create has it made");
+    for arguments in [&["--device", "vda=none.qcow2", "--create"][..], &["--device", "vda=control.sock"], &["--device", "vda"]] {
+        let ended = daemon.run(&[&["snapshot", "create", "s"], arguments].concat());
+        assert!(ended.status == 1 && !ended.err.contains("--create"), "{ended:?}");
+    }
+}
+
+#[test]
 fn failures_say_what_to_do_and_usage_has_its_own_status() {
     let daemon = start(|_, _| vec![json!({ "return": "nonsense" })]);
     daemon.run(&["device", "list"]).failed("same version");
@@ -326,6 +336,15 @@ fn failures_say_what_to_do_and_usage_has_its_own_status() {
     daemon.run(&["--control", refusing, "device", "list"]).failed("does not greet as a control socket does");
     daemon.run(&["--control", refusing, "device", "list"]).failed("closed the connection");
     refuser.join().unwrap();
+
+    // A variable that is set and empty matters to those only who need a daemon.
+    let without_path = |arguments: &[&str]| {
+        let mut command = daemon.command(arguments);
+        Ended::from(command.env("SNAPFENCE_CONTROL", "").output().unwrap())
+    };
+    without_path(&["image", "create", "a.raw", "1M", "--format", "raw"]).done();
+    let ended = without_path(&["device", "list"]);
+    assert!(ended.status == 2 && ended.err.contains("the path of the control socket is empty"), "{ended:?}");
 
     for wrong in [&["device"][..], &["snapshot", "create", "s"], &["device", "add", "name=x"], &["no-such"]] {
         assert_eq!(daemon.run(wrong).status, 2, "{wrong:?}");

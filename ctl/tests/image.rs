@@ -317,7 +317,7 @@ fn what_cannot_be_created_leaves_nothing_behind() {
     done("qemu-img", folder.path(), &words("create -q -f raw base.raw 1M"));
     std::fs::write(folder.path().join("there"), "precious").unwrap();
     for (line, status, expected) in [
-        ("there 1M", 1, "there"),
+        ("there 1M", 1, "there exists already and is never overwritten; remove it first"),
         ("there 1M -f raw", 1, "there"),
         ("new 1M -b missing -F raw", 1, "missing"),
         ("new 1M -b base.raw -F qcow2", 1, "base.raw"),

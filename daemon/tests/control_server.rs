@@ -187,6 +187,12 @@ fn what_does_not_fit_is_refused_before_anything_is_done() {
         (r#"{"execute":"blockdev-snapshot-sync","arguments":{"device":"a","snapshot-file":"f","mode":"new"}}"#, "'mode'"),
         (r#"{"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"n","file":{"driver":"http","filename":"f"}}}"#, "http"),
         (
+            r#"{"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"n","file":"f0"}}"#,
+            "argument 'file': invalid type: string \"f0\", expected an object with 'driver' and 'filename'",
+        ),
+        (r#"{"execute":"snapshot-create","arguments":{"name":"s","devices":["vda"]}}"#, "string \"vda\", expected an object"),
+        (r#"{"execute":"transaction","arguments":{"actions":["x"]}}"#, "string \"x\", expected an object"),
+        (
             r#"{"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"n","file":{"driver":"file","filename":"f"},"backing":{}}}"#,
             "'backing'",
         ),

@@ -2,6 +2,7 @@
 
 mod image;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -19,8 +20,9 @@ const DEFAULT_CONTROL: &str = "/run/snapfence/control.sock";
 #[command(name = "snapfence", version, after_help = "Exit status: 0 done, 1 failed, 2 wrong usage.")]
 pub(crate) struct Arguments {
     /// The daemon's control socket.
+    // Any text, also an empty one: it matters to those commands only that talk to a daemon.
     #[arg(long, global = true, value_name = "PATH", env = "SNAPFENCE_CONTROL", default_value = DEFAULT_CONTROL)]
-    pub(crate) control: PathBuf,
+    pub(crate) control: OsString,
 
     /// Print JSON for programs.
     #[arg(long, global = true)]

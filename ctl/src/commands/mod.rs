@@ -37,6 +37,10 @@ struct Session {
 
 impl Session {
     fn connect(&self) -> Result<Client> {
+        if self.control.as_os_str().is_empty() {
+            // Whoever names a daemon and has lost its name does not mean any daemon.
+            return Err(UsageError("the path of the control socket is empty; see --control and SNAPFENCE_CONTROL".to_owned()).into());
+        }
         Ok(Client::connect(&self.control)?)
     }
 
@@ -67,7 +71,7 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 /// Does what the command line says.
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
     let Arguments { control, json, command } = arguments;
-    let session = Session { control, json };
+    let session = Session { control: control.into(), json };
     match command {
         Command::Device(command) => device::run(&session, command)?,
         Command::Snapshot(command) => snapshot::run(&session, command)?,

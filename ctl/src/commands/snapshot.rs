@@ -1,8 +1,9 @@
 //! `snapfence snapshot`
 
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use snapfence::client::Client;
 use snapfence::protocol::{Event, SnapshotCreate, SnapshotInfo, SnapshotList, SnapshotShow, SnapshotState};
 
@@ -36,7 +37,10 @@ fn create(session: &Session, arguments: SnapshotCreateArguments) -> Result<()> {
     }
     let call = SnapshotCreate { name, devices: members, create, deadline_ms, job_id: None };
     let mut client = session.connect()?;
-    let mut snapshot = client.call(&call)?;
+    let mut snapshot = client.call(&call).map_err(|error| match missing(&call) {
+        Some(path) => anyhow!(error).context(format!("{} is not there; --create has it made", path.display())),
+        None => error.into(),
+    })?;
     if !no_wait {
         snapshot = wait_until_settled(&mut client, snapshot)?;
     }
@@ -45,6 +49,12 @@ fn create(session: &Session, arguments: SnapshotCreateArguments) -> Result<()> {
         bail!("snapshot {} failed: {}", snapshot.name, snapshot.error.as_deref().unwrap_or("the daemon gives no reason"));
     }
     Ok(())
+}
+
+/// An overlay that is to be there and is not, as far as can be seen from here.
+fn missing(asked: &SnapshotCreate) -> Option<&Path> {
+    let overlays = asked.devices.iter().filter_map(|member| member.overlay.as_deref());
+    overlays.filter(|_| !asked.create).find(|path| path.try_exists().is_ok_and(|exists| !exists))
 }
 
 /// Waits until nothing about the snapshot will change any more. Asks the daemon when no event has come for a while: one may have been lost.

@@ -202,7 +202,11 @@ impl Call for BlockdevAdd {
 
 /// A node's file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    expecting = "an object with 'driver' and 'filename' (a file has no node of its own here that could be named)"
+)]
 pub struct BlockdevFile {
     /// What kind of file.
     pub driver: FileDriver,

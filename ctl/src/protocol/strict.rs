@@ -32,12 +32,20 @@ pub fn typed<T: DeserializeOwned>(arguments: Map<String, Value>) -> Result<T, Fa
         let path = error.path().to_string();
         // The path of an error at the top is ".", which says nothing.
         let place = if path == "." { "arguments".to_owned() } else { format!("argument '{path}'") };
-        let what = error.inner().to_string();
+        let what = without_type_names(error.inner().to_string());
         match what.strip_prefix("unknown field ").and_then(|rest| rest.split_once(", ")) {
             Some((_, expected)) => Failure::generic(format_args!("{place} is unexpected: {}", expected.replace('`', "'"))),
             None => Failure::generic(format_args!("{place}: {}", what.replace('`', "'"))),
         }
     })
+}
+
+/// What was expected in the words of JSON, where the library names a type of ours.
+fn without_type_names(what: String) -> String {
+    match what.split_once(", expected struct ") {
+        Some((found, _)) => format!("{found}, expected an object"),
+        None => what,
+    }
 }
 
 /// Any JSON value whose objects have each key once.

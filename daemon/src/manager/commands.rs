@@ -122,6 +122,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let mut members = Vec::new();
         for member in asked.devices {
             qcow2_only(member.format)?;
+            if let Some(path) = &member.overlay {
+                not_empty("overlay", path)?;
+            }
             let overlay = match member.overlay {
                 None => Overlay::Create,
                 Some(path) if asked.create => Overlay::CreateAt(path),
@@ -176,6 +179,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
 
     fn member_of_sync(&self, asked: BlockdevSnapshotSync) -> Result<NamedMember, Failure> {
         qcow2_only(asked.format)?;
+        not_empty("snapshot-file", &asked.snapshot_file)?;
         let device = match (&asked.device, &asked.node_name) {
             (Some(name), None) => self.device_or_node(name)?.name().to_owned(),
             (None, Some(node)) => {
@@ -233,9 +237,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         if node.read_only == Some(true) {
             return Err(Failure::generic("an overlay is written to: 'read-only' cannot be true"));
         }
-        if node.file.filename == Path::new("") {
-            return Err(Failure::generic("'file.filename' is empty"));
-        }
+        not_empty("file.filename", &node.file.filename)?;
         self.check_new_node(&node.node_name)?;
         let mut nodes = self.nodes.borrow_mut();
         if nodes.len() >= MAX_NODES {
@@ -244,6 +246,11 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         nodes.insert(node.node_name.clone(), node);
         Ok(())
     }
+}
+
+/// An empty path would be taken for the daemon's working directory.
+fn not_empty(argument: &str, path: &Path) -> Result<(), Failure> {
+    if path.as_os_str().is_empty() { Err(Failure::generic(format_args!("argument '{argument}' is empty"))) } else { Ok(()) }
 }
 
 /// Overlays have a backing file, which raw images cannot name.

@@ -80,7 +80,7 @@ pub enum OverlayCause {
     #[error("the file name is longer than {MAX_FILE_NAME} bytes; give the overlay's path")]
     NameTooLong,
     /// It is not there although it is not to be made.
-    #[error("there is no such file; make it, or have it made (create)")]
+    #[error("there is no such file, and it is not asked to be made")]
     Missing,
     /// It is there although it is to be made.
     #[error("it exists already; choose another name, or use it as it is (without creating it)")]

@@ -154,6 +154,7 @@ fn the_socket_leads_into_allowed_directories_only() {
         for (arguments, expected) in table {
             let refused = world.ask("device-add", arguments.clone()).await.expect_err("outside").desc;
             assert!(refused.starts_with(&format!("device 'vda': {expected}")), "{arguments}: {refused}");
+            assert_eq!(refused.contains("names inside images and on the control socket"), expected.contains("link"), "{refused}");
         }
         world.serve("name=vdb,image=/secret/a.raw,format=raw,socket=/run/vdb").await.expect("the operator may");
         world.done("device-add", add("/vm/a.raw", "/run/s")).await;

@@ -76,7 +76,7 @@ fn every_wrong_overlay_is_refused_by_name_and_nothing_changes() {
         environment.put("/vm/text.qcow2", b"not an image at all");
         environment.symlink("/vm/alone.qcow2", "/vm/link.qcow2").expect("a new name");
         let table = [
-            ("none.qcow2", false, "there is no such file; make it, or have it made (create)"),
+            ("none.qcow2", false, "there is no such file, and it is not asked to be made"),
             ("/nowhere/o.qcow2", false, "the directory of /nowhere/o.qcow2 cannot be used: "),
             ("/nowhere/o.qcow2", true, "the directory of /nowhere/o.qcow2 cannot be used: "),
             ("/etc/o.qcow2", false, "/etc/o.qcow2 lies outside the allowed directories (/vm)"),
@@ -98,6 +98,9 @@ fn every_wrong_overlay_is_refused_by_name_and_nothing_changes() {
             ("other.qcow2", false, "it is already a layer of device 'other'"),
             ("alone.qcow2", true, "it exists already; choose another name, or use it as it is (without creating it)"),
         ];
+        let empty = json!({ "name": "s", "devices": [{ "device": "vda", "overlay": "" }] });
+        let refused = world.ask("snapshot-create", empty).await.expect_err("nothing is named").desc;
+        assert_eq!(refused, "argument 'overlay' is empty");
         let before = state(&world).await;
         for (overlay, create, expected) in table {
             let refused = world.ask("snapshot-create", of_vda(json!(overlay), create)).await.expect_err(overlay).desc;

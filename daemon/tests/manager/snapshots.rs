@@ -271,6 +271,7 @@ fn qemus_commands_take_group_snapshots() {
         let table = [
             ("blockdev-snapshot-sync", json!({ "device": "vdx", "snapshot-file": "/vm/x" }), ErrorClass::DeviceNotFound),
             ("blockdev-snapshot-sync", json!({ "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
+            ("blockdev-snapshot-sync", json!({ "device": "vda", "snapshot-file": "" }), ErrorClass::GenericError),
             ("blockdev-snapshot-sync", json!({ "device": "vda", "node-name": "a1", "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
             ("blockdev-snapshot-sync", json!({ "node-name": made_up, "snapshot-file": "/vm/x" }), ErrorClass::GenericError),
             (

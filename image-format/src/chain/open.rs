@@ -143,7 +143,7 @@ pub enum ChainCause {
 
 fn open_hint(source: &io::Error) -> &'static str {
     match source.raw_os_error() {
-        Some(libc::ELOOP) => " (a symbolic link is on the way, and names inside images may not pass one)",
+        Some(libc::ELOOP) => " (a symbolic link is on the way; names inside images and on the control socket may not pass one)",
         Some(libc::EMFILE) => " (raise the limit of open files: LimitNOFILE= or `ulimit -n`)",
         _ => "",
     }

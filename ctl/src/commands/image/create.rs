@@ -1,9 +1,10 @@
 //! `snapfence image create`
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use snapfence_image_format::chain::{AllowedDirectories, Format};
 use snapfence_image_format::qcow2::{Compression, CreateError, CreateOptions, Header, Preallocate, Qcow2};
 use snapfence_image_format::raw::Raw;
@@ -125,7 +126,12 @@ async fn create(plan: Plan) -> Result<ImageInfo> {
     };
     let Some(size) = size.or(below) else { bail!("neither a size nor a backing file") };
     let file = UringEnvironment.open(&Location::Trusted(path.clone()), Access::CreateNew, CacheMode::Buffered).await;
-    let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+    let file = file.map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            anyhow!("{} exists already and is never overwritten; remove it first, or give the new image another name", path.display())
+        }
+        _ => anyhow::Error::new(error).context(format!("cannot create {}", path.display())),
+    })?;
     let format = if qcow2.is_some() { Format::Qcow2 } else { Format::Raw };
     let options = qcow2.map(|options| CreateOptions {
         virtual_size: size,
