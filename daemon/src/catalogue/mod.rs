@@ -195,11 +195,11 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let file = directory.path().join("catalogue.redb");
         let mode = || std::fs::metadata(&file).expect("a file").permissions().mode() & 0o777;
-        Catalogue::start(directory.path()).expect("a new directory").close();
+        Catalogue::start(directory.path()).expect("a new directory").0.close();
         assert_eq!(mode(), 0o600);
         // As older versions made it.
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).expect("ours");
-        Catalogue::start(directory.path()).expect("an old directory").close();
+        Catalogue::start(directory.path()).expect("an old directory").0.close();
         assert_eq!(mode(), 0o600);
     }
 
