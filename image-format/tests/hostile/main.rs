@@ -1,6 +1,7 @@
 //! Images that strangers have written: corrupt and hostile headers, tables and names. Each is refused with an error of its own that says what
 //! is wrong, at the step where it shows; nothing panics, and memory stays within bounds that do not depend on what the image claims.
 
+mod chains;
 mod headers;
 mod holes;
 mod image;
