@@ -132,7 +132,7 @@ print(data.decode())
 #[test]
 fn strangers_are_kept_out() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can be somebody else");
+        snapfence_tests::skipped("only root can be somebody else");
         return Ok(());
     }
     let mut place = Place::with_disks(&["a"])?;

@@ -201,6 +201,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::super::Reactor;
+    use super::super::skip::skipped;
     use super::*;
     use crate::buffer::AlignedBuffer;
     use crate::storage::Storage;
@@ -241,7 +242,7 @@ mod tests {
         let device = rustix::fs::makedev(1, 7);
         match rustix::fs::mknodat(rustix::fs::CWD, &node, rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::RUSR, device) {
             Ok(()) => assert_eq!(beneath(directory.path(), "node").expect_err("no file").kind(), io::ErrorKind::InvalidInput),
-            Err(error) => println!("skipped: no device node to be had: {error}"),
+            Err(error) => skipped(format_args!("no device node to be had: {error}")),
         }
         assert_eq!(trusted(&socket, Access::Read).expect_err("no file").raw_os_error(), Some(libc::ENXIO));
         assert_eq!(trusted(directory.path(), Access::Write).expect_err("no file").raw_os_error(), Some(libc::EISDIR));

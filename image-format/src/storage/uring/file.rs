@@ -325,6 +325,7 @@ mod tests {
     use std::path::Path;
 
     use super::super::probe::tests::every_tier;
+    use super::super::skip::skipped;
     use super::super::{Reactor, UringEnvironment};
     use super::*;
     use crate::buffer::{AlignedBuffer, SharedVectors};
@@ -627,7 +628,7 @@ mod tests {
                     Some(Self { path, _directory: directory })
                 }
                 other => {
-                    println!("skipped: no loop device to be had: {other:?}");
+                    skipped(format_args!("no loop device to be had: {other:?}"));
                     None
                 }
             }

@@ -129,6 +129,7 @@ mod tests {
     use std::path::PathBuf;
     use std::process::{Command, Output, Stdio};
 
+    use super::super::skip::skipped;
     use super::super::{Reactor, UringEnvironment, UringFile};
     use super::*;
     use crate::storage::{Access, CacheMode, Environment, Location, Storage};
@@ -160,7 +161,7 @@ mod tests {
                 Some((directory, path))
             }
             None => {
-                println!("skipped: there is no qemu-img");
+                skipped("there is no qemu-img");
                 None
             }
         }

@@ -15,6 +15,10 @@ mod operation;
 mod probe;
 mod reactor;
 mod ring;
+#[cfg(test)]
+#[allow(unreachable_pub, reason = "it is public where it comes from")]
+#[path = "../../../../tests/src/skip.rs"]
+mod skip;
 mod transfer;
 
 pub use environment::UringEnvironment;

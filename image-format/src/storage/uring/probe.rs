@@ -98,6 +98,7 @@ fn explain(error: io::Error) -> io::Error {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::skip::skipped;
     use super::*;
 
     /// A ring of each tier that this kernel knows, as older kernels would give it: the plain one cannot set lengths.
@@ -107,7 +108,7 @@ pub(super) mod tests {
             Ok(capable) => Some(Capable { truncates: capable.truncates && tier != Tier::Plain, ..capable }),
             Err(error) => {
                 assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{tier}: {error}");
-                println!("skipped: this kernel does not know the tier {tier}");
+                skipped(format_args!("this kernel does not know the tier {tier}"));
                 None
             }
         });

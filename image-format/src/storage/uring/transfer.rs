@@ -162,6 +162,7 @@ mod tests {
     use rustix::fs::AtFlags;
 
     use super::super::file::{FACTS, UringFile};
+    use super::super::skip::skipped;
     use super::*;
     use crate::storage::CacheMode;
 
@@ -241,7 +242,7 @@ mod tests {
     fn direct_transfers_go_on_at_sectors_only() {
         let direct = file(CacheMode::Direct);
         if direct.direct_memory_alignment().is_none() {
-            println!("skipped: the temporary directory has no O_DIRECT");
+            skipped("the temporary directory has no O_DIRECT");
             return;
         }
         let new = |direction| TransferWork::new(Arc::clone(&direct), direction, 4096, AlignedBuffer::copy_of(&[1; 2048]).into());
@@ -262,7 +263,7 @@ mod tests {
     fn vectors_that_o_direct_cannot_use_are_copied() {
         let direct = file(CacheMode::Direct);
         if direct.direct_memory_alignment().is_none() {
-            println!("skipped: the temporary directory has no O_DIRECT");
+            skipped("the temporary directory has no O_DIRECT");
             return;
         }
         let pieces = || [100, 412].map(|len| AlignedBuffer::copy_of(&vec![7; len]).into_shared());
