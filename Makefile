@@ -12,6 +12,9 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .PHONY: demo test build bench guest install fmt fmt-check lint doc clean
 
+# Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
+export PATH := $(PATH):/usr/sbin:/sbin
+
 # The folder that cargo builds into; the scripts use the same.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO_ARGUMENTS ?=

@@ -6,6 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
+export PATH=$PATH:/usr/sbin:/sbin
+
 target=${CARGO_TARGET_DIR:-target}
 log=$target/test.log
 mkdir -p "$target"

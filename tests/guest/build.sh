@@ -8,6 +8,9 @@
 # Each part is made again only when what it is made from has changed. Installs nothing on this machine.
 set -euo pipefail
 
+# Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
+export PATH=$PATH:/usr/sbin:/sbin
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 out=$target/guest
@@ -82,7 +85,7 @@ build_kernel() {
 	package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ { print $2; exit }')
 	[ -n "$package" ] || fail "the package lists do not know linux-image-cloud-amd64; run: apt-get update"
 	say "unpacking the kernel of $package"
-	# Not below /root or another closed folder: apt fetches as a user of its own.
+	# In a folder that everybody may enter, which the tree need not be: apt fetches as a user of its own.
 	local fetched
 	fetched=$(mktemp -d)
 	chmod 755 "$fetched"

@@ -5,6 +5,9 @@
 # it installs before it does so. Runs as root, or as a user who may use sudo.
 set -euo pipefail
 
+# Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
+export PATH=$PATH:/usr/sbin:/sbin
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 venv=$target/venv
@@ -19,6 +22,7 @@ qemu_packages=(qemu-system-x86 qemu-utils)
 packages=(
 	gcc libc6-dev pkg-config make ca-certificates # cargo's linker, static glibc for the guest's agent
 	mmdebstrap e2fsprogs cpio zstd xz-utils       # the guest's file systems
+	uidmap                                        # mmdebstrap, if it is not run by root
 	fio busybox-static jq                         # load generator; the guest's shell; JSON in scripts
 	python3 python3-venv python3-pip              # a stock QMP client
 	mount procps
