@@ -1,5 +1,6 @@
 //! A client without a VM, crate virtio-driver, over the real socket: what it wrote is what it reads, on all queues at once, and what QEMU reads from
-//! the image afterwards, also while snapshots are taken back to back.
+//! the image afterwards, also while snapshots are taken back to back. The device is served by the daemon's parts in this process, for which threads
+//! and features are varied, or by the daemon itself.
 //!
 //! Random operations of several sectors go to four queues at depth 32. A model of one word per sector says what each must contain; sectors with
 //! an operation in flight are left alone. The seed is printed, and taken from `SNAPFENCE_SEED` if that is set.
@@ -12,9 +13,13 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Host, Served, SharedMemory, block_on, options, seed};
+use common::daemon::Daemon;
+use common::{Host, SharedMemory, block_on, make_qcow2, options, seed};
 use rustix::event::{PollFd, PollFlags, poll};
+use snapfence::client::Client;
+use snapfence::protocol::{Event, SnapshotCreate, SnapshotMember};
 use snapfence_image_format::chain::Format;
+use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::stack::{FenceOutcome, Stack};
 use snapfence_image_format::storage::Chance;
 use snapfence_image_format::storage::uring::UringEnvironment;
@@ -26,6 +31,8 @@ const BLOCK: usize = 512;
 const QUEUES: usize = 4;
 const OPERATIONS: usize = 20_000;
 const DEPTH: usize = 32;
+/// Snapshots that the daemon is told to take, however many operations that needs.
+const COMMANDED: usize = 40;
 const MOST_BLOCKS: usize = 64;
 const BLOCKS: usize = 32_768;
 const DISK_BYTES: u64 = (BLOCKS * BLOCK) as u64;
@@ -56,8 +63,8 @@ struct Operation {
     slot: usize,
 }
 
-fn connect(served: &Served, features: u64) -> Box<VirtioBlkTransport> {
-    let path = served.socket.to_str().expect("a path of plain characters");
+fn connect(socket: &Path, features: u64) -> Box<VirtioBlkTransport> {
+    let path = socket.to_str().expect("a path of plain characters");
     Box::new(VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path, features).expect("a handshake"))
 }
 
@@ -117,11 +124,11 @@ fn take_snapshots(host: &Host, stack: &Arc<Stack<UringEnvironment>>, base: (&Pat
 }
 
 /// Stops the others also when a test fails.
-struct StopAtEnd<'a>(&'a AtomicBool);
+struct SetAtEnd<'a>(&'a AtomicBool, bool);
 
-impl Drop for StopAtEnd<'_> {
+impl Drop for SetAtEnd<'_> {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.0.store(self.1, Ordering::SeqCst);
     }
 }
 
@@ -145,20 +152,25 @@ fn random_operations(setup: Setup) {
         let (host, stop, stack, base) = (&host, &stop, served.device.stack(), (&*served.image, setup.format));
         let snapshots = scope.spawn(move || take_snapshots(host, stack, base, stop));
         let model = {
-            let _stop = StopAtEnd(stop);
-            operate(&served, setup, chance)
+            let _stop = SetAtEnd(stop, true);
+            operate(&served.socket, setup.features, chance, &AtomicBool::new(false))
         };
         (snapshots.join().expect("snapshots"), model)
     });
     println!("{count} snapshots");
     assert_eq!(count > 0, setup.snapshots);
     served.close();
-    let flat = host.path("flat");
-    qemu_img(&["convert", "-f", format.name(), "-O", "raw"], &[&top, &flat]);
+    compare_with_qemu((&top, format), &host.path("flat"), &model);
+}
+
+/// QEMU finds the image in order, and in it what the model says.
+fn compare_with_qemu(image: (&Path, Format), flat: &Path, model: &[Content]) {
+    let (path, format) = image;
+    qemu_img(&["convert", "-f", format.name(), "-O", "raw"], &[path, flat]);
     if format == Format::Qcow2 {
-        qemu_img(&["check", "-f", "qcow2"], &[&top]);
+        qemu_img(&["check", "-f", "qcow2"], &[path]);
     }
-    for (block, bytes) in common::read_image(&flat).chunks_exact(BLOCK).enumerate() {
+    for (block, bytes) in common::read_image(flat).chunks_exact(BLOCK).enumerate() {
         check(bytes, model[block], block);
     }
 }
@@ -168,9 +180,9 @@ fn qemu_img(arguments: &[&str], paths: &[&Path]) {
     assert!(output.status.success(), "qemu-img {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Returns what the disk must contain.
-fn operate(served: &Served, setup: Setup, mut chance: Chance) -> Vec<Content> {
-    let mut transport = connect(served, setup.features);
+/// Returns what the disk must contain. Does not stop as long as there is to be more.
+fn operate(socket: &Path, features: u64, mut chance: Chance, more: &AtomicBool) -> Vec<Content> {
+    let mut transport = connect(socket, features);
     let mut queues = VirtioBlkQueue::<Operation>::setup_queues(&mut *transport, QUEUES, 128).expect("queues");
     let memory = SharedMemory::new(QUEUES * DEPTH * MOST_BLOCKS * BLOCK);
     transport.map_mem_region(memory.base() as usize, memory.len, memory.file.as_raw_fd(), 0).expect("memory");
@@ -181,11 +193,14 @@ fn operate(served: &Served, setup: Setup, mut chance: Chance) -> Vec<Content> {
     let mut is_busy = vec![false; BLOCKS];
     let mut free: Vec<Vec<usize>> = (0..QUEUES).map(|queue| (queue * DEPTH..(queue + 1) * DEPTH).collect()).collect();
     let (mut started, mut ended, mut next_word) = (0, 0, 1);
-    while ended < OPERATIONS {
+    loop {
+        let goes_on = started < OPERATIONS || more.load(Ordering::SeqCst);
+        if !goes_on && ended == started {
+            return model;
+        }
         for index in 0..QUEUES {
             let before = started;
-            while started < OPERATIONS {
-                let Some(&slot) = free[index].last() else { break };
+            while goes_on && let Some(&slot) = free[index].last() {
                 let (start, count) = random_range(&mut chance);
                 if is_busy[start..start + count].iter().any(|busy| *busy) {
                     break;
@@ -257,7 +272,48 @@ fn operate(served: &Served, setup: Setup, mut chance: Chance) -> Vec<Content> {
             }
         }
     }
-    model
+}
+
+/// Has the daemon take snapshots, one right after the other. Returns the path of the last overlay.
+fn command_snapshots(mut client: Client) -> PathBuf {
+    let mut top = PathBuf::new();
+    for number in 0..COMMANDED {
+        let devices = vec![SnapshotMember { device: "vda".into(), overlay: None, format: None }];
+        let command = SnapshotCreate { name: format!("s{number}"), devices, create: false, deadline_ms: Some(10_000), job_id: None };
+        let info = client.call(&command).expect("a snapshot");
+        top.clone_from(&info.devices[0].overlay);
+    }
+    let mut frozen = 0;
+    while frozen < COMMANDED {
+        let event = client.next_event(Some(common::PATIENCE)).expect("a control socket").expect("snapshots are frozen some time");
+        match event.event() {
+            Some(Event::SnapshotFrozen(_)) => frozen += 1,
+            Some(Event::SnapshotFailed(info)) => panic!("{info:?}"),
+            _ => {}
+        }
+    }
+    top
+}
+
+#[test]
+fn what_was_written_to_the_daemon_is_read_through_snapshots_by_command() {
+    let chance = Chance::new(seed());
+    let directory = tempfile::tempdir().expect("a directory");
+    let (image, socket) = (directory.path().join("vda.qcow2"), directory.path().join("vda.sock"));
+    make_qcow2(&image, CreateOptions::standalone(DISK_BYTES));
+    let device = format!("name=vda,image={},format=qcow2,socket={},queues={QUEUES}", image.display(), socket.display());
+    let daemon = Daemon::start(directory.path(), &[device]);
+    let more = AtomicBool::new(true);
+    let (top, model) = std::thread::scope(|scope| {
+        let snapshots = scope.spawn(|| {
+            let _no_more = SetAtEnd(&more, false);
+            command_snapshots(daemon.client())
+        });
+        let model = operate(&socket, all_features(), chance, &more);
+        (snapshots.join().expect("snapshots"), model)
+    });
+    daemon.stop();
+    compare_with_qemu((&top, Format::Qcow2), &directory.path().join("flat"), &model);
 }
 
 #[test]
