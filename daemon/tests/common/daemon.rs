@@ -1,5 +1,6 @@
 //! The daemon as a process of its own.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +23,13 @@ impl Daemon {
     /// Starts a daemon that keeps everything in `directory`, and waits until it answers.
     pub(crate) fn start(directory: &Path, devices: &[String]) -> Self {
         Self::run(Self::command(directory, devices), directory)
+    }
+
+    /// The same with more arguments.
+    pub(crate) fn start_with(directory: &Path, devices: &[String], more: &[&OsStr]) -> Self {
+        let mut command = Self::command(directory, devices);
+        command.args(more);
+        Self::run(command, directory)
     }
 
     /// What [`Daemon::start`] runs, to be changed.
