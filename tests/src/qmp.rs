@@ -63,6 +63,25 @@ impl Qmp {
         std::mem::take(&mut self.events)
     }
 
+    /// The first event of a kind, of those kept or still to come. Events before it are forgotten.
+    ///
+    /// # Errors
+    ///
+    /// If the connection breaks, or none comes within a minute.
+    pub fn wait_event(&mut self, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut kept = self.take_events().into_iter();
+        if let Some(event) = kept.by_ref().find(&is_it) {
+            self.events.extend(kept);
+            return Ok(event);
+        }
+        loop {
+            let event = self.receive()?;
+            if is_it(&event) {
+                return Ok(event);
+            }
+        }
+    }
+
     fn receive(&mut self) -> Result<Value> {
         let mut line = String::new();
         if self.lines.read_line(&mut line)? == 0 {

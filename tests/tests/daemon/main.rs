@@ -2,6 +2,7 @@
 //! tools say whether the images are in order.
 
 mod command_line;
+mod front_ends;
 mod lifecycle;
 mod start_failures;
 mod support;
