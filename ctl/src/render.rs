@@ -160,6 +160,17 @@ pub(crate) fn snapshots(snapshots: &[SnapshotInfo]) -> String {
     table.text()
 }
 
+/// The times of a snapshot that are known: how long completions were held is, when no more are.
+pub(crate) fn times(snapshot: &SnapshotInfo) -> String {
+    let times = [
+        ("first to last queue switched", snapshot.switch_us),
+        ("longest held completion", snapshot.hold_us),
+        ("frozen after", snapshot.freeze_us),
+    ];
+    let known: Vec<_> = times.iter().filter_map(|(what, time)| Some(format!("{what} {}", microseconds(Some((*time)?))))).collect();
+    known.join(", ")
+}
+
 /// One snapshot with its devices.
 pub(crate) fn snapshot(snapshot: &SnapshotInfo) -> String {
     let mut text = format!("{}: {}, created {}\n", snapshot.name, snapshot.state.as_str(), snapshot.created);
@@ -167,8 +178,11 @@ pub(crate) fn snapshot(snapshot: &SnapshotInfo) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "error: {error}");
     }
-    let times = (microseconds(snapshot.switch_us), microseconds(snapshot.hold_us), microseconds(snapshot.freeze_us));
-    let _ = writeln!(text, "first to last queue switched {}, longest held completion {}, frozen after {}\n", times.0, times.1, times.2);
+    let times = times(snapshot);
+    if !times.is_empty() {
+        let _ = writeln!(text, "{times}");
+    }
+    text.push('\n');
     let columns = [
         ("DEVICE", Edge::Left),
         ("SWITCH", Edge::Right),

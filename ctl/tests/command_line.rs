@@ -112,12 +112,15 @@ fn error(class: &str, desc: &str) -> Vec<Value> {
 
 fn snapshot(state: &str) -> Value {
     let mut snapshot = json!({
-        "name": "s1", "state": state, "created": "2025-01-01T00:00:00.000001Z", "job": "j1", "switch_us": 12, "hold_us": 345,
-        "devices": [{ "device": "vda", "overlay": "/d/vda.s1.qcow2", "frozen_layer": "/d/vda.raw", "switch_us": 12, "hold_us": 345 }],
+        "name": "s1", "state": state, "created": "2025-01-01T00:00:00.000001Z", "job": "j1", "switch_us": 12,
+        "devices": [{ "device": "vda", "overlay": "/d/vda.s1.qcow2", "frozen_layer": "/d/vda.raw", "switch_us": 12 }],
     });
+    // Before the end completions may still be held.
     if state == "frozen" {
-        snapshot["freeze_us"] = json!(67_890);
-        snapshot["devices"][0]["freeze_us"] = json!(67_890);
+        for (time, value) in [("hold_us", 345), ("freeze_us", 67_890)] {
+            snapshot[time] = json!(value);
+            snapshot["devices"][0][time] = json!(value);
+        }
     }
     if state == "failed" {
         snapshot["error"] = json!("no space left");
@@ -154,7 +157,7 @@ vda   ready  connected  1 GiB       3   4x256  read-write  direct  qcow2   /d/a.
     let expected = "\
 NAME  STATE     CREATED                      SWITCH    HOLD    FREEZE  DEVICES
 s1    frozen    2025-01-01T00:00:00.000001Z   12 µs  345 µs  67.89 ms  vda
-s1    switched  2025-01-01T00:00:00.000001Z   12 µs  345 µs         -  vda
+s1    switched  2025-01-01T00:00:00.000001Z   12 µs       -         -  vda
 ";
     assert_eq!(daemon.run(&["snapshot", "list"]).done(), expected);
     assert_eq!(daemon.run(&["--json", "snapshot", "list"]).json(), json!([snapshot("frozen"), snapshot("switched")]));
@@ -234,7 +237,13 @@ fn snapshot_create_waits_until_frozen() {
     ];
     assert_eq!(daemon.asked(), expected);
     assert_eq!(create("s1", &["--json", "--no-wait"]).json(), snapshot("switched"));
-    assert!(create("early", &[]).done().contains("frozen"));
+    let text = create("s1", &["--no-wait"]);
+    assert!(text.done().contains("\nfirst to last queue switched 12 µs\n"), "what is not known is not said: {text:?}");
+    let text = create("early", &[]);
+    assert!(
+        text.done().contains("\nfirst to last queue switched 12 µs, longest held completion 345 µs, frozen after 67.89 ms\n"),
+        "{text:?}"
+    );
     assert_eq!(create("lost", &["--json"]).json(), snapshot("frozen"));
     create("later", &[]).failed("no space left");
     create("never", &[]).failed("deadline");
@@ -281,8 +290,11 @@ fn events_are_followed_until_the_reader_has_enough() {
                 let event = json!({
                     "event": "DEVICE_CONNECTED", "data": { "device": "vda" }, "timestamp": { "seconds": 1_735_689_600, "microseconds": 5 },
                 });
-                let other = json!({ "event": "OTHER", "data": {}, "timestamp": { "seconds": 1, "microseconds": 0 } });
-                while stream.write_all(format!("{event}\r\n{other}\r\n").as_bytes()).is_ok() {}
+                let other = |name: &str, data| json!({ "event": name, "data": data, "timestamp": { "seconds": 1, "microseconds": 0 } });
+                let (switched, frozen) = (snapshot("switched"), snapshot("frozen"));
+                let more = [other("OTHER", json!({})), other("SNAPSHOT_SWITCHED", switched), other("SNAPSHOT_FROZEN", frozen)];
+                let lines: String = [event].iter().chain(&more).map(|line| format!("{line}\r\n")).collect();
+                while stream.write_all(lines.as_bytes()).is_ok() {}
             });
         }
     });
@@ -291,15 +303,22 @@ fn events_are_followed_until_the_reader_has_enough() {
         command.arg("--control").arg(&control).arg("events").args(json.then_some("--json")).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let two = [lines.next().unwrap().unwrap(), lines.next().unwrap().unwrap()];
+        let first = [(); 4].map(|()| lines.next().unwrap().unwrap());
         drop(lines);
         let status = child.wait().unwrap();
         let mut err = String::new();
         child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
         assert_eq!((status.code(), err.as_str()), (Some(0), ""));
-        two
+        first
     };
-    assert_eq!(follow(false), ["2025-01-01T00:00:00.000005Z  a front-end has connected to vda", "1970-01-01T00:00:01.000000Z  OTHER {}"]);
+    let expected = [
+        "2025-01-01T00:00:00.000005Z  a front-end has connected to vda",
+        "1970-01-01T00:00:01.000000Z  OTHER {}",
+        "1970-01-01T00:00:01.000000Z  snapshot s1 of vda has switched: first to last queue switched 12 µs",
+        "1970-01-01T00:00:01.000000Z  snapshot s1 of vda is frozen: first to last queue switched 12 µs, longest held completion 345 µs, \
+         frozen after 67.89 ms",
+    ];
+    assert_eq!(follow(false), expected);
     let event: Value = serde_json::from_str(&follow(true)[0]).unwrap();
     assert_eq!((&event["event"], &event["data"]["device"]), (&json!("DEVICE_CONNECTED"), &json!("vda")));
 }

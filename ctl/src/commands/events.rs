@@ -29,11 +29,10 @@ fn for_people(received: &Received) -> String {
     let what = match received.event() {
         Some(Event::JobStatusChange(change)) => format!("job {} is {}", change.id, change.status.as_str()),
         Some(Event::SnapshotSwitched(snapshot)) => {
-            let (switch, hold) = (render::microseconds(snapshot.switch_us), render::microseconds(snapshot.hold_us));
-            format!("snapshot {} of {} has switched: {switch}, longest held completion {hold}", snapshot.name, devices(&snapshot))
+            format!("snapshot {} of {} has switched{}", snapshot.name, devices(&snapshot), times(&snapshot))
         }
         Some(Event::SnapshotFrozen(snapshot)) => {
-            format!("snapshot {} of {} is frozen after {}", snapshot.name, devices(&snapshot), render::microseconds(snapshot.freeze_us))
+            format!("snapshot {} of {} is frozen{}", snapshot.name, devices(&snapshot), times(&snapshot))
         }
         Some(Event::SnapshotFailed(snapshot)) => {
             let error = snapshot.error.as_deref().unwrap_or("no reason is given");
@@ -45,6 +44,12 @@ fn for_people(received: &Received) -> String {
         None => format!("{} {}", received.name, received.data),
     };
     format!("{}  {what}", Moment::from_unix_microseconds(time))
+}
+
+/// What is known of the times so far, after a colon.
+fn times(snapshot: &SnapshotInfo) -> String {
+    let times = render::times(snapshot);
+    if times.is_empty() { times } else { format!(": {times}") }
 }
 
 fn devices(snapshot: &SnapshotInfo) -> String {
