@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 use snapfence_tests::tools;
 
@@ -42,6 +44,44 @@ fn command_line_and_file_are_joined() -> Result<()> {
     ensure!(listed[2]["image"] == place.path("c.qcow2").display().to_string(), "relative paths start at the working directory: {listed}");
     let only_read = daemon.snapfence(&["snapshot", "create", "s", "--device", "c"])?;
     ensure!(only_read.status == 1 && only_read.err.contains("device 'c' is read-only"), "{only_read:?}");
+    daemon.process.stop()
+}
+
+/// The flags with which a process has a file open, once for each descriptor.
+fn open_flags(process: u32, file: &Path) -> Result<Vec<i32>> {
+    let of_process = Path::new("/proc").join(process.to_string());
+    let mut flags = Vec::new();
+    for entry in std::fs::read_dir(of_process.join("fd"))? {
+        let entry = entry?;
+        // Others may be closed meanwhile.
+        if std::fs::read_link(entry.path()).is_ok_and(|target| target == file) {
+            let info = std::fs::read_to_string(of_process.join("fdinfo").join(entry.file_name()))?;
+            let octal = info.lines().find_map(|line| line.strip_prefix("flags:")).context("a line with the flags")?;
+            flags.push(i32::from_str_radix(octal.trim(), 8)?);
+        }
+    }
+    Ok(flags)
+}
+
+#[test]
+fn images_are_read_and_written_past_the_page_cache_unless_buffered() -> Result<()> {
+    let direct = OFlags::DIRECT.bits() as i32;
+    let mut place = Place::with_disks(&["a", "b", "c"])?;
+    if rustix::fs::open(place.path("a.qcow2"), OFlags::RDWR | OFlags::DIRECT, Mode::empty()).is_err() {
+        snapfence_tests::skipped("the temporary directory has no O_DIRECT");
+        return Ok(());
+    }
+    let options = ["", ",cache=direct", ",cache=buffered"];
+    let devices: Vec<_> =
+        ["a", "b", "c"].iter().zip(options).map(|(name, more)| place.device(name, &format!("{name}.qcow2")) + more).collect();
+    let daemon = place.serve(&devices)?;
+    daemon.json(&["snapshot", "create", "s", "--device", "a", "--device", "b", "--device", "c"])?;
+    for (name, is_direct) in [("a", true), ("b", true), ("c", false)] {
+        for file in [format!("{name}.qcow2"), format!("{name}.s.qcow2")] {
+            let flags = open_flags(daemon.process.id(), &place.path(&file))?;
+            ensure!(!flags.is_empty() && flags.iter().all(|flags| (flags & direct != 0) == is_direct), "{file}: {flags:x?}");
+        }
+    }
     daemon.process.stop()
 }
 
