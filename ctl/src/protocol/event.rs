@@ -45,6 +45,17 @@ pub struct DeviceEvent {
 }
 
 impl Event {
+    /// The names of all.
+    pub const NAMES: [&str; 7] = [
+        "JOB_STATUS_CHANGE",
+        "SNAPSHOT_SWITCHED",
+        "SNAPSHOT_FROZEN",
+        "SNAPSHOT_FAILED",
+        "DEVICE_CONNECTED",
+        "DEVICE_DISCONNECTED",
+        "EVENTS_LOST",
+    ];
+
     /// The event of a line from the daemon.
     ///
     /// # Errors
@@ -113,6 +124,11 @@ mod tests {
             (Event::DeviceDisconnected(device), json!({ "device": "vda" })),
             (Event::EventsLost { count: 3 }, json!({ "count": 3 })),
         ];
+        // All of them: the names that serde knows are in its complaint about another.
+        let known = Event::parse("NO_SUCH_EVENT", &json!({})).unwrap_err().to_string();
+        let known: Vec<_> = known.split('`').skip(3).step_by(2).collect();
+        assert_eq!(known, Event::NAMES);
+        assert_eq!(table.each_ref().map(|(event, _)| event.name()), Event::NAMES);
         for (event, data) in table {
             assert_eq!(serde_json::to_value(&event).unwrap(), json!({ "event": event.name(), "data": data }));
             assert_eq!(Event::parse(event.name(), &data).unwrap(), event);
