@@ -146,8 +146,8 @@ install_rust() {
 	for suffix in -web ''; do
 		found=$(apt-cache policy "rustc$suffix" | awk '$1 == "Candidate:" { print $2 }')
 		if [ -z "$found" ] || ! at_least "$found" "$rust_minimum"; then continue; fi
-		say "installing Rust (cargo$suffix rustc$suffix rustfmt$suffix)"
-		apt install --no-install-recommends -y "cargo$suffix" "rustc$suffix" "rustfmt$suffix"
+		say "installing Rust (cargo$suffix rustc$suffix rustfmt$suffix rust$suffix-clippy)"
+		apt install --no-install-recommends -y "cargo$suffix" "rustc$suffix" "rustfmt$suffix" "rust$suffix-clippy"
 		return
 	done
 	fail "no Rust toolchain found, and Debian has none new enough; install Rust $rust_minimum or newer with rustfmt and clippy"
