@@ -1,11 +1,15 @@
 //! QEMU's image tools and the file system tools, with errors that name the command.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
+
+use crate::backend::program;
 
 /// Runs a program to its end and returns its standard output.
 ///
@@ -100,7 +104,7 @@ pub fn read_range(image: &Path, format: &str, offset: u64, bytes: u64) -> Result
     Ok(std::fs::read(to.path())?)
 }
 
-/// What `qemu-img check` counted.
+/// What a check of an image counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Check {
     /// Wrong metadata.
@@ -109,14 +113,23 @@ pub struct Check {
     pub leaks: u64,
 }
 
-/// Checks a qcow2 image that nobody writes.
+/// Checks a qcow2 image that nobody writes, with QEMU's program and with ours, which must come to the same verdict.
 ///
 /// # Errors
 ///
-/// If qemu-img cannot check it at all. What it finds is no error here.
+/// If one of them cannot check it at all, or they contradict each other. What they find is no error here.
 pub fn check(image: &Path) -> Result<Check> {
-    let options = ["check", "-f", "qcow2", "--output=json"].map(OsStr::new);
-    let (output, line) = run_any("qemu-img", options.into_iter().chain([image.as_os_str()]))?;
+    let theirs = checked_by("qemu-img", &["check", "-f", "qcow2", "--output=json"], image)?;
+    let ours = program("snapfence")?;
+    let ours = checked_by(ours.to_str().context("the path is not UTF-8")?, &["image", "check", "--format", "qcow2", "--json"], image)?;
+    if ours != theirs {
+        bail!("{}: qemu-img found {theirs:?}, snapfence {ours:?}", image.display());
+    }
+    Ok(theirs)
+}
+
+fn checked_by(program: &str, arguments: &[&str], image: &Path) -> Result<Check> {
+    let (output, line) = run_any(program, arguments.iter().map(OsStr::new).chain([image.as_os_str()]))?;
     let found: Value = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("`{line}` gives no result: {}", String::from_utf8_lossy(&output.stderr).trim()))?;
     if found["check-errors"] != 0 {
@@ -124,6 +137,28 @@ pub fn check(image: &Path) -> Result<Check> {
     }
     let count = |name: &str| found[name].as_u64().unwrap_or(0);
     Ok(Check { corruptions: count("corruptions"), leaks: count("leaks") })
+}
+
+/// Checks all qcow2 images of a folder after a clean stop, when nothing at all may be wrong with them. Says how many there are.
+///
+/// # Errors
+///
+/// If one of them has corruptions or leaks, or cannot be checked.
+pub fn check_all(folder: &Path) -> Result<usize> {
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let mut magic = [0; 4];
+        let is_qcow2 = path.is_file() && File::open(&path)?.read_exact(&mut magic).is_ok() && magic == *b"QFI\xfb";
+        if is_qcow2 {
+            let found = check(&path)?;
+            if found != Check::default() {
+                bail!("{}: {found:?}", path.display());
+            }
+            count += 1;
+        }
+    }
+    Ok(count)
 }
 
 /// One layer of a backing chain.
@@ -198,6 +233,8 @@ pub fn read_from_ext4(image: &Path, path: &str) -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
 
     #[test]
@@ -217,7 +254,12 @@ mod tests {
         bytes[512 << 10..516 << 10].fill(0x22);
 
         assert_eq!(read_range(&top, "qcow2", 508 << 10, 12 << 10).unwrap(), bytes[508 << 10..520 << 10]);
-        assert_eq!(check(&top).unwrap(), Check::default());
+        assert_eq!(check_all(folder.path()).unwrap(), 1);
+        // The count of the second cluster of tables, found by both programs.
+        let file = std::fs::OpenOptions::new().write(true).open(&top).unwrap();
+        file.write_all_at(&[0, 9], (2 << 16) + 2).unwrap();
+        assert_eq!(check(&top).unwrap(), Check { corruptions: 0, leaks: 1 });
+        assert!(check_all(folder.path()).unwrap_err().to_string().contains("top.qcow2"));
         let layers = layers(&top, "qcow2").unwrap();
         assert_eq!(layers.iter().map(|layer| layer.format.as_str()).collect::<Vec<_>>(), ["qcow2", "raw"]);
         assert_eq!(layers[1].path, base);

@@ -88,6 +88,8 @@ fn scenario(kind: Kind) -> Result<()> {
     guest.power_off()?;
     backend.stop()?;
 
+    // The bases of which one is raw, one overlay from the beginning, and those of the snapshots.
+    assert_eq!(tools::check_all(folder.path())?, PATHS.len() + SNAPSHOTS * PATHS.len());
     for snapshot in &frozen {
         for (index, device) in snapshot.devices.iter().enumerate() {
             let format = if index == 0 && snapshot.name == "s0" { "raw" } else { "qcow2" };
@@ -96,9 +98,6 @@ fn scenario(kind: Kind) -> Result<()> {
             tools::check_ext4(&copy).with_context(|| format!("{} of {}", device.device, snapshot.name))?;
             let numbers = tools::read_from_ext4(&copy, "/numbers")?;
             ensure!(numbers == tools::run("seq", ["1", "50000"])?.as_bytes(), "/numbers of {} in {} differs", device.device, snapshot.name);
-            if format == "qcow2" {
-                assert_eq!(tools::check(&device.frozen_layer)?.corruptions, 0, "{}", device.frozen_layer.display());
-            }
         }
     }
     Ok(())
