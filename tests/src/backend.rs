@@ -263,6 +263,19 @@ impl Backend {
         tools::run(program, control.into_iter().chain(arguments.iter().map(OsString::from)))
     }
 
+    /// Waits for a daemon that was told to end by its control socket.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end, or not with status 0.
+    pub fn wait_ended(mut self) -> Result<()> {
+        let status = self.process.wait(START_DEADLINE)?;
+        if !status.success() {
+            bail!("the daemon was told to quit and ended with {status}: {}", self.process.output().trim());
+        }
+        Ok(())
+    }
+
     /// Stops the daemon in good order.
     ///
     /// # Errors

@@ -31,12 +31,16 @@ fn scenario(kind: Kind) -> Result<()> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("qmp/stock_client.py");
     let arguments = [script.as_os_str(), backend.control().as_os_str(), folder.path().as_os_str(), "one".as_ref(), "two".as_ref()];
     println!("{}", tools::run(python()?.to_str().context("the path is not UTF-8")?, arguments)?);
-    backend.stop()?;
-    for device in &devices {
-        let top = folder.path().join(format!("{}.stock.qcow2", device.name));
-        let layers = tools::layers(&top, "qcow2")?;
-        assert_eq!(layers.iter().map(|layer| layer.path.as_path()).collect::<Vec<_>>(), [top.as_path(), device.image.as_path()]);
+    backend.wait_ended()?;
+    for (index, device) in devices.iter().enumerate() {
+        let mut names = vec![format!("{}.qcow2", device.name)];
+        let made = [("stock", true), ("alone", index == 0), ("made", true), ("named", kind == Kind::Snapfenced)];
+        names.extend(made.iter().filter(|(_, is_made)| *is_made).map(|(name, _)| format!("{}.{name}.qcow2", device.name)));
+        let expected: Vec<_> = names.iter().rev().map(|name| folder.path().join(name)).collect();
+        let layers = tools::layers(&expected[0], "qcow2")?;
+        assert_eq!(layers.into_iter().map(|layer| layer.path).collect::<Vec<_>>(), expected);
     }
+    tools::check_all(folder.path())?;
     Ok(())
 }
 
