@@ -211,10 +211,7 @@ pub(crate) async fn discard<E: Environment>(environment: &E, prepared: Prepared<
 
 /// Closes what was prepared. The file stays, as empty as it was.
 pub(crate) async fn leave<E: Environment>(prepared: Prepared<E>) {
-    if let Err(error) = prepared.layer.freeze().await {
-        let overlay = prepared.record.path.display();
-        tracing::warn!(event = "overlay_not_restored", overlay = %overlay, cause = %error, "reserved clusters leak");
-    }
+    give_back(&prepared.record.path, &prepared.layer).await;
 }
 
 /// Removes a file that we have made, if it still has its name.
@@ -309,14 +306,31 @@ async fn adopt<E: Environment>(
     covers(environment, below, path, &header).await?;
     let options = OpenOptions { keeper: Some(Arc::clone(others.keeper)), ..OpenOptions::writing() };
     let image = Layer::Qcow2(Qcow2::open_with_header(file, header, options).await?);
-    if let Some(at) = first_data(&image, below.virtual_size).await? {
+    match make_ready(environment, path, &image, below.virtual_size).await {
+        Ok(()) => Ok((identity, image)),
+        Err(cause) => {
+            give_back(path, &image).await;
+            Err(cause)
+        }
+    }
+}
+
+/// Sees to it that the image is empty, quick to write to, and durable.
+async fn make_ready<E: Environment>(environment: &E, path: &Path, image: &Layer<E>, size: u64) -> Result<(), OverlayCause> {
+    if let Some(at) = first_data(image, size).await? {
         return Err(OverlayCause::NotEmpty(at));
     }
     image.warm().await?;
     image.flush().await?;
     let directory = path.parent().unwrap_or(Path::new("/"));
-    environment.flush_directory(directory).await.map_err(|source| OverlayCause::Make { action: "flush the directory", source })?;
-    Ok((identity, image))
+    environment.flush_directory(directory).await.map_err(|source| OverlayCause::Make { action: "flush the directory", source })
+}
+
+/// Takes out of the file what writing needs: reserved space, and where unwritten changes would be kept.
+async fn give_back<E: Environment>(path: &Path, image: &Layer<E>) {
+    if let Err(error) = image.freeze().await {
+        tracing::warn!(event = "overlay_not_restored", overlay = %path.display(), cause = %error, "reserved clusters leak");
+    }
 }
 
 /// Whether an image with this header, at `path`, may cover the present top.
