@@ -200,6 +200,8 @@ pub(crate) async fn prepare<E: Environment>(
 /// Takes back what was prepared.
 pub(crate) async fn discard<E: Environment>(environment: &E, prepared: Prepared<E>) {
     if prepared.created {
+        // It must not leave memory behind that was kept for it.
+        give_back(&prepared.record.path, &prepared.layer).await;
         let Prepared { identity, layer, location, .. } = prepared;
         drop(layer);
         remove(environment, &location, identity).await;
