@@ -18,8 +18,9 @@ pub const MAX_SEGMENTS: usize = 1024;
 /// by the queue size, whatever 2.7.5.3.1 says; without a table the queue size limits the chain.
 const MAX_INDIRECT_BUFFERS: usize = MAX_SEGMENTS + 2;
 
-/// Most bytes one way in one chain. Keeps lengths within what the used ring and one system call can express.
-const MAX_CHAIN_BYTES: u64 = i32::MAX as u64;
+/// Most bytes one way in one chain, the header and the status byte included. Drivers ask for some MiB at most; filling or copying more would take
+/// the time of all queues on the thread.
+const MAX_CHAIN_BYTES: u64 = (64 << 20) + 4096;
 
 const DESCRIPTOR_BYTES: usize = 16;
 const USED_ELEMENT_BYTES: usize = 8;

@@ -1,6 +1,7 @@
 //! A read or a write of a whole buffer, as the kernel does it: in parts, interrupted, short at the end of a file.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
@@ -18,6 +19,9 @@ const MAX_BYTES: usize = 0x7fff_f000;
 /// What positions and lengths must be a multiple of with `O_DIRECT`; files that ask for more are opened through the page cache.
 pub(super) const DIRECT_ALIGNMENT: usize = 512;
 
+/// Bytes that are copied at a time. Copying takes the thread's time, and that of all queues on it, so nobody copies much in one go.
+const BOUNCE_BYTES: usize = 1 << 20;
+
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
@@ -33,7 +37,7 @@ pub(super) struct TransferWork {
     at: u64,
     buffer: Buffer,
     /// Takes the buffer's place at the file where `O_DIRECT` cannot use its vectors.
-    bounce: Option<AlignedBuffer>,
+    bounce: Option<Bounce>,
     /// What is left of the vectors, from `first` on. The kernel reads them at submission, from where they are: two or more lie on the heap,
     /// so they stay in place when this value moves; a single one is copied into the submission.
     vectors: SmallVec<[libc::iovec; 1]>,
@@ -45,22 +49,45 @@ pub(super) struct TransferWork {
     attempts: u32,
 }
 
+/// A piece of the buffer, copied to where `O_DIRECT` can use it.
+struct Bounce {
+    bytes: AlignedBuffer,
+    /// Which bytes of the buffer it holds.
+    piece: Range<usize>,
+}
+
 impl TransferWork {
     pub(super) fn new(file: Arc<OpenFile>, direction: Direction, at: u64, mut buffer: Buffer) -> Self {
         let len = buffer.len();
-        let mut vectors: SmallVec<[libc::iovec; 1]> = buffer.vectors().into_iter().collect();
-        let mut bounce = None;
-        if let Some(memory_alignment) = file.direct_memory_alignment()
-            && !fits_direct(&vectors, memory_alignment)
-        {
-            let mut bytes = AlignedBuffer::zeroed(len);
-            if direction == Direction::Write {
-                buffer.copy_out(0, &mut bytes);
-            }
-            vectors = smallvec::smallvec![libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: len }];
-            bounce = Some(bytes);
+        let vectors: SmallVec<[libc::iovec; 1]> = buffer.vectors().into_iter().collect();
+        let needs_bounce = file.direct_memory_alignment().is_some_and(|alignment| !fits_direct(&vectors, alignment));
+        let mut work = Self { file, direction, at, buffer, bounce: None, vectors, first: 0, done: 0, len, attempts: 0 };
+        if needs_bounce {
+            work.bounce = Some(Bounce { bytes: AlignedBuffer::zeroed(len.min(BOUNCE_BYTES)), piece: 0..0 });
+            work.next_piece();
         }
-        Self { file, direction, at, buffer, bounce, vectors, first: 0, done: 0, len, attempts: 0 }
+        work
+    }
+
+    /// Goes on with the piece of the buffer after what is done.
+    fn next_piece(&mut self) {
+        let Some(Bounce { bytes, piece }) = &mut self.bounce else { return };
+        *piece = self.done..self.len.min(self.done + BOUNCE_BYTES);
+        let bytes = &mut bytes[..piece.len()];
+        if self.direction == Direction::Write {
+            self.buffer.copy_out(piece.start, bytes);
+        }
+        self.vectors = smallvec::smallvec![libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+        self.first = 0;
+    }
+
+    /// Takes what has been read of the present piece over into the buffer.
+    fn keep_piece(&mut self) {
+        if let Some(Bounce { bytes, piece }) = &self.bounce
+            && self.direction == Direction::Read
+        {
+            self.buffer.copy_in(piece.start, &bytes[..self.done - piece.start]);
+        }
     }
 
     /// The submission for what is left to transfer.
@@ -98,18 +125,22 @@ impl TransferWork {
         self.done += count;
         debug_assert!(self.done <= self.len, "the kernel transferred more than it was asked to");
         if self.done >= self.len {
+            self.keep_piece();
             return self.finish(Ok(()));
+        }
+        if self.bounce.as_ref().is_some_and(|bounce| self.done >= bounce.piece.end) {
+            self.keep_piece();
+            self.next_piece();
+            self.attempts = 0;
+            return Next::Again;
         }
         let is_direct = self.file.direct_memory_alignment().is_some();
         let is_ragged = is_direct && !self.done.is_multiple_of(DIRECT_ALIGNMENT);
         match self.direction {
             // Nothing more, or less than a sector of an O_DIRECT read: the end of the file.
             Direction::Read if count == 0 || is_ragged => {
-                let rest = self.done..self.len;
-                match &mut self.bounce {
-                    Some(bounce) => bounce[rest].fill(0),
-                    None => self.buffer.fill_zero(rest),
-                }
+                self.keep_piece();
+                self.buffer.fill_zero(self.done..self.len);
                 return self.finish(Ok(()));
             }
             // The next submission must start on a sector, so part of one is written again.
@@ -139,13 +170,7 @@ impl TransferWork {
     }
 
     fn finish(&mut self, result: io::Result<()>) -> Next {
-        let mut buffer = std::mem::replace(&mut self.buffer, Buffer::Owned(AlignedBuffer::zeroed(0)));
-        if let Some(bounce) = &self.bounce
-            && self.direction == Direction::Read
-            && result.is_ok()
-        {
-            buffer.copy_in(0, bounce);
-        }
+        let buffer = std::mem::replace(&mut self.buffer, Buffer::Owned(AlignedBuffer::zeroed(0)));
         Next::Finished(Output::Transfer((result, buffer)))
     }
 }
@@ -269,12 +294,12 @@ mod tests {
         let pieces = || [100, 412].map(|len| AlignedBuffer::copy_of(&vec![7; len]).into_shared());
         let ragged = || crate::buffer::SharedVectors::join(pieces()).into();
         let write = TransferWork::new(Arc::clone(&direct), Direction::Write, 0, ragged());
-        assert!(write.bounce.as_ref().is_some_and(|bounce| bounce[..] == [7; 512]));
+        assert!(write.bounce.as_ref().is_some_and(|bounce| bounce.bytes[..] == [7; 512]));
         assert_eq!(rest(&write), (1, 512, 0));
 
         let mut read = TransferWork::new(Arc::clone(&direct), Direction::Read, 0, ragged());
         let bounce = read.bounce.as_mut().expect("a bounce buffer");
-        bounce.fill(9);
+        bounce.bytes.fill(9);
         let (result, buffer) = finished(read.advance(300));
         result.expect("the end of the file");
         let mut bytes = [1; 512];
@@ -282,5 +307,44 @@ mod tests {
         assert!(bytes[..300].iter().all(|byte| *byte == 9) && bytes[300..].iter().all(|byte| *byte == 0));
         let aligned = TransferWork::new(direct, Direction::Read, 0, AlignedBuffer::zeroed(512).into());
         assert!(aligned.bounce.is_none());
+    }
+
+    #[test]
+    fn much_is_copied_piece_by_piece() {
+        let direct = file(CacheMode::Direct);
+        if direct.direct_memory_alignment().is_none() {
+            skipped("the temporary directory has no O_DIRECT");
+            return;
+        }
+        let len = 2 * BOUNCE_BYTES + 1024;
+        let lens = [100, len - 100];
+        let pieces = |fill: fn(usize) -> u8| {
+            let bytes: Vec<u8> = (0..len).map(fill).collect();
+            let parts = [&bytes[..lens[0]], &bytes[lens[0]..]].map(|part| AlignedBuffer::copy_of(part).into_shared());
+            crate::buffer::SharedVectors::join(parts).into()
+        };
+        let mut write = TransferWork::new(Arc::clone(&direct), Direction::Write, 0, pieces(|at| (at / BOUNCE_BYTES) as u8 + 1));
+        let held = |work: &TransferWork| work.bounce.as_ref().expect("a bounce buffer").bytes[0];
+        assert_eq!((rest(&write), held(&write)), ((1, BOUNCE_BYTES, 0), 1));
+        goes_on(write.advance(512));
+        assert_eq!(rest(&write), (1, BOUNCE_BYTES - 512, 512));
+        goes_on(write.advance(BOUNCE_BYTES as i32 - 512));
+        assert_eq!((rest(&write), held(&write)), ((1, BOUNCE_BYTES, BOUNCE_BYTES as u64), 2));
+        goes_on(write.advance(BOUNCE_BYTES as i32));
+        assert_eq!((rest(&write), held(&write)), ((1, 1024, 2 * BOUNCE_BYTES as u64), 3));
+        finished(write.advance(1024)).0.expect("all of it");
+
+        let mut read = TransferWork::new(direct, Direction::Read, 0, pieces(|_| 0xff));
+        for fill in [1, 2, 3] {
+            read.bounce.as_mut().expect("a bounce buffer").bytes.fill(fill);
+            let next = read.advance(if fill < 3 { BOUNCE_BYTES as i32 } else { 512 });
+            goes_on(next);
+        }
+        let (result, buffer) = finished(read.advance(0));
+        result.expect("the end of the file");
+        let mut bytes = vec![0; len];
+        buffer.copy_out(0, &mut bytes);
+        let expected = |at: usize| if at < 2 * BOUNCE_BYTES + 512 { (at / BOUNCE_BYTES) as u8 + 1 } else { 0 };
+        assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
     }
 }
