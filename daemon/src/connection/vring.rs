@@ -145,7 +145,13 @@ impl Control {
     }
 
     fn signal(&self, purpose: &str, file: Option<File>) -> Option<Arc<Signal>> {
-        self.descriptor(purpose, file?).map(|descriptor| Arc::new(Signal::new(descriptor)))
+        match Signal::new(self.descriptor(purpose, file?)?) {
+            Ok(signal) => Some(Arc::new(signal)),
+            Err(cause) => {
+                error!(event = "signal_failed", device = self.device, queue = self.index, purpose, %cause, "the guest will hear of nothing");
+                None
+            }
+        }
     }
 
     fn start(&self, kick: EventDescriptor, memory: &Memory) {
