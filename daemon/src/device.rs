@@ -1,7 +1,9 @@
 //! One disk as guests see it, whoever is connected to it.
 
+use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use snapfence_image_format::error::LayerError;
 use snapfence_image_format::runtime::WaitQueue;
@@ -162,9 +164,13 @@ impl<E: Environment> Device<E> {
 /// Without a choice of the driver's, it is what the accepted features say. The choice outlives the connection and device resets. Front-ends keep a copy of the configuration space and tell us changes only (QEMU reads
 /// it once, when the device is made, and sends the byte only when it differs from that copy), so the guest of a front-end that comes back
 /// may still count on write-through. It goes back to the default for a front-end that reads it before it starts a ring, and so learns of it.
+///
+/// It outlives the daemon as well, for the guests of those that were killed: as a file that is there while the choice is write-through
+/// ([`keep_in`](Self::keep_in)).
 #[derive(Debug, Default)]
 pub struct WriteCache {
     choice: Mutex<Choice>,
+    kept_in: OnceLock<PathBuf>,
     /// What follows from the choice, for queues.
     write_through: AtomicBool,
 }
@@ -175,11 +181,13 @@ struct Choice {
     features: u64,
     /// The byte in the configuration space, if anybody may rely on its value.
     write_back: Option<bool>,
+    /// Whether the file is there that says so.
+    is_kept: bool,
 }
 
 impl Default for Choice {
     fn default() -> Self {
-        Self { features: 1 << VIRTIO_BLK_F_FLUSH, write_back: None }
+        Self { features: 1 << VIRTIO_BLK_F_FLUSH, write_back: None, is_kept: false }
     }
 }
 
@@ -215,8 +223,34 @@ impl WriteCache {
         let mut choice = self.choice();
         if !choice.write_back() {
             choice.write_back = Some(false);
+            self.keep(&mut choice);
         }
         u8::from(choice.write_back())
+    }
+
+    /// Keeps the choice in a file called `path`, and takes it from there if a daemon before has left it. Once, before a front-end connects.
+    ///
+    /// # Errors
+    /// If it is not known whether the file is there.
+    pub fn keep_in(&self, path: PathBuf) -> io::Result<()> {
+        if path.try_exists()? {
+            self.change(|choice| (choice.write_back, choice.is_kept) = (Some(false), true));
+        }
+        // The first call counts.
+        let _ = self.kept_in.set(path);
+        Ok(())
+    }
+
+    /// Lets the file be there, or not. It need not survive a power cut, which no guest does.
+    fn keep(&self, choice: &mut Choice) {
+        let is_wanted = choice.write_back == Some(false);
+        let Some(path) = self.kept_in.get().filter(|_| is_wanted != choice.is_kept) else { return };
+        let outcome = if is_wanted { std::fs::File::create(path).map(drop) } else { std::fs::remove_file(path) };
+        match outcome {
+            Ok(()) => choice.is_kept = is_wanted,
+            // If it could not be made, guests are told nothing else: their writes are as durable as they asked while this daemon lives.
+            Err(error) => warn!(event = "choice_not_kept", path = %path.display(), cause = %error, "the guest's choice of write cache"),
+        }
     }
 
     /// The driver sets the byte in the configuration space.
@@ -253,6 +287,7 @@ impl WriteCache {
     fn change(&self, change: impl FnOnce(&mut Choice)) {
         let mut choice = self.choice();
         change(&mut choice);
+        self.keep(&mut choice);
         self.write_through.store(choice.write_through(), Ordering::Relaxed);
     }
 }
@@ -329,5 +364,32 @@ mod tests {
         cache.set_features(0);
         cache.reset();
         assert!(cache.is_write_through(), "features were accepted before the byte was read");
+    }
+
+    #[test]
+    fn the_choice_outlives_the_daemon_until_it_is_another() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let daemon = || {
+            let cache = WriteCache::default();
+            cache.keep_in(directory.path().join("vda")).expect("a directory that can be looked into");
+            cache
+        };
+        let cache = daemon();
+        cache.set_features(FLUSH | WCE);
+        assert!(!cache.is_write_through());
+        cache.set_write_back(false);
+        // Killed; the front-end does not look again.
+        let cache = daemon();
+        cache.begin_negotiation();
+        cache.set_features(FLUSH | WCE);
+        assert!(cache.is_write_through());
+        cache.set_write_back(true);
+        let cache = daemon();
+        cache.set_features(FLUSH | WCE);
+        assert!(!cache.is_write_through());
+        cache.set_write_back(false);
+        let cache = daemon();
+        cache.reset();
+        assert!(!daemon().is_write_through(), "somebody has looked, and seen the default");
     }
 }

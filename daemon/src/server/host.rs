@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::fs::Metadata;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,6 +28,8 @@ const MAX_LINKS: usize = 40;
 #[derive(Debug)]
 pub struct VhostHost {
     workers: Rc<RefCell<Workers>>,
+    /// Where what guests have chosen outlives the daemon.
+    choices: PathBuf,
 }
 
 /// A device on its socket.
@@ -38,9 +40,13 @@ pub struct VhostExport {
 }
 
 impl VhostHost {
-    /// A host with at most `threads` queue threads.
-    pub fn new(threads: usize) -> Self {
-        Self { workers: Rc::new(RefCell::new(Workers::new(threads))) }
+    /// A host with at most `threads` queue threads, which keeps what guests have chosen in the directory `choices`.
+    ///
+    /// # Errors
+    /// If that cannot be made.
+    pub fn new(threads: usize, choices: PathBuf) -> io::Result<Self> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&choices)?;
+        Ok(Self { workers: Rc::new(RefCell::new(Workers::new(threads))), choices })
     }
 }
 
@@ -63,6 +69,7 @@ impl Host<UringEnvironment> for VhostHost {
             queue_size: options.queue_size,
         };
         let device = Device::new(shown, Arc::clone(stack)).map_err(ExportError::new)?;
+        device.cache().keep_in(self.choices.join(&options.name)).map_err(ExportError::new)?;
         let listening = Listening::bind_for(socket, &options.socket_access)
             .map_err(|error| ExportError::new(format!("cannot listen on socket {}: {error}", socket.display())))?;
         let (assignment, handles) = self

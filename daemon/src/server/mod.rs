@@ -59,14 +59,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let sink: EventSink = Arc::new(move |event| emitted.emit(event));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let quit = Arc::clone(&stop);
-    let parts = Parts {
-        environment: UringEnvironment,
-        host: VhostHost::new(threads),
-        catalogue: catalogue.clone(),
-        keeper: Arc::new(keeper),
-        working_directory,
-        places,
-    };
+    let choices = options.state_dir.join("write-through");
+    let host = VhostHost::new(threads, choices).context("the state directory cannot keep what guests choose")?;
+    let parts =
+        Parts { environment: UringEnvironment, host, catalogue: catalogue.clone(), keeper: Arc::new(keeper), working_directory, places };
     let served = reactor.block_on(async move {
         let manager = Manager::new(parts, sink, move || quit.ask("the control socket"));
         let fences = manager.fences();
