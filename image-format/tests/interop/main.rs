@@ -6,8 +6,9 @@
 //! stack reads the whole disk and our check finds nothing; after each of ours, and at the end, `qemu-img compare` and `qemu-img check` agree
 //! that the bytes are those of the model and that nothing has leaked. Internal snapshots are compared at the end.
 //!
-//! Every case follows from its seed, which a failure names; `SNAPFENCE_SEED=n` repeats that one, `SNAPFENCE_SEEDS=n` tries so many (with both:
-//! so many from that one on) instead of the usual number.
+//! Every case follows from its seed, which a failure names. Half of the cases of a run are always the same, the others new ones each time, whose
+//! seeds are printed. `SNAPFENCE_SEED=n` repeats one, `SNAPFENCE_SEEDS=n` tries so many (with both: so many from that one on) instead of the usual
+//! number.
 
 mod case;
 mod disk;
@@ -17,10 +18,12 @@ mod ours;
 mod qemu;
 
 use std::any::Any;
+use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Cases in a run.
 const CASES: u64 = 500;
@@ -32,19 +35,27 @@ const MAX_FAILURES: usize = 5;
 #[test]
 fn images_pass_between_qemu_and_us() {
     let number = |variable| std::env::var(variable).ok().map(|value| value.parse::<u64>().expect("a number"));
-    let seeds = match number("SNAPFENCE_SEED") {
-        Some(seed) => seed..seed + number("SNAPFENCE_SEEDS").unwrap_or(1),
-        None => 0..number("SNAPFENCE_SEEDS").unwrap_or(CASES),
+    let seeds: Vec<u64> = match number("SNAPFENCE_SEED") {
+        Some(seed) => (seed..seed + number("SNAPFENCE_SEEDS").unwrap_or(1)).collect(),
+        None => {
+            let count = number("SNAPFENCE_SEEDS").unwrap_or(CASES);
+            let (fixed, new) = (count.div_ceil(2), count / 2);
+            let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
+            // Far from the fixed ones, and short enough to be typed.
+            let first = since_1970.as_secs() * 1000;
+            // Past the harness, which keeps what a passing test prints: a run that hangs or is killed is to be repeated as well.
+            let _ = writeln!(std::io::stderr(), "new cases of this run: SNAPFENCE_SEED={first} SNAPFENCE_SEEDS={new}");
+            (0..fixed).chain(first..first + new).collect()
+        }
     };
-    println!("SNAPFENCE_SEED={seeds:?}");
-    let next = AtomicU64::new(seeds.start);
+    let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     let totals = Mutex::new(case::Totals::default());
     let work = || {
         let mut mine = case::Totals::default();
         loop {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= seeds.end || failures.lock().expect("no panics").len() >= MAX_FAILURES {
+            let Some(&seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            if failures.lock().expect("no panics").len() >= MAX_FAILURES {
                 break;
             }
             match catch_unwind(AssertUnwindSafe(|| case::run(seed))) {
