@@ -1,5 +1,5 @@
 //! A queue thread on a simulated disk: what completes under which cache mode is what a crash leaves; requests that fail inside, or hang, come back
-//! or are given up, and never half; a thread that has nothing to do holds no view back.
+//! or are given up, and never half; requests to other clusters wait for none that hangs; a thread that has nothing to do holds no view back.
 
 mod common;
 
@@ -90,8 +90,14 @@ impl Setting {
             environment.put("/disk", &vec![0; DISK_BYTES as usize]);
             Arc::new(Layer::Raw(Raw::open(open(&mut simulation, "/disk", Access::Write), true).expect("an image")))
         };
+        Self::over(simulation, vec![layer])
+    }
+
+    /// A device over these layers, base first, whose only queue runs.
+    fn over(mut simulation: Simulation, layers: Vec<Arc<Layer<SimulatedEnvironment>>>) -> Self {
+        let environment = simulation.environment().clone();
         let domain = FenceDomain::new(|| std::time::Duration::ZERO);
-        let stack = Stack::new(environment.clone(), &domain, vec![layer], false);
+        let stack = Stack::new(environment.clone(), &domain, layers, false);
         let options = DeviceOptions { name: "vda".into(), serial: String::new(), read_only: false, queues: 1, queue_size: QUEUE_SIZE };
         let device = Device::new(options, stack).expect("good options");
         let executor = Executor::new(NoUnpark);
@@ -341,6 +347,76 @@ fn pausing_waits_for_what_hangs_and_no_longer() {
     setting.queue.enable();
     setting.simulation.run_until_stalled();
     assert_eq!(setting.completed(), [(1, 0)], "no kick is needed");
+}
+
+/// Two sectors that are mapped by different parts of a table, and in different pages of the chain map.
+const FAR_APART: [u64; 2] = [0, (40 << 20) / 512];
+const LARGE_DISK_BYTES: u64 = 64 << 20;
+
+/// With the first read of `file` hanging, `kind` at one place waits, and everything at the other is done, whatever it is.
+fn others_do_not_wait(mut setting: Setting, file: &str, kind: u32, expected: u8) {
+    let [here, there] = FAR_APART;
+    setting.environment.inject(Fault::once(OperationKind::Read, 0).on(file).with(FaultEffect::Hang));
+    // A part of a cluster: what is around it must be read.
+    match kind {
+        OUT => setting.submit(0, OUT, here + 1, Ok(&[9; 512])),
+        _ => setting.submit(0, kind, here, Err(512)),
+    }
+    setting.simulation.run_until_stalled();
+    assert_eq!(setting.completed(), [], "kind {kind} needs what hangs");
+    setting.submit(1, IN, there, Err(4096));
+    setting.simulation.run_until_stalled();
+    assert_eq!(setting.completed(), [(1, 0)], "a read elsewhere");
+    assert_eq!(setting.driver.read(DATA + SLOT_BYTES + 0x1000, 4096), [expected; 4096]);
+    setting.submit(2, OUT, there + 1, Ok(&[7; 512]));
+    setting.simulation.run_until_stalled();
+    assert_eq!(setting.completed(), [(2, 0)], "a write elsewhere");
+    setting.submit(3, DISCARD, 0, Ok(&range(there + 128, 128, 0)));
+    setting.submit(4, WRITE_ZEROES, 0, Ok(&range(there + 256, 8, 1)));
+    setting.simulation.run_until_stalled();
+    let mut done = setting.completed();
+    done.sort_unstable();
+    assert_eq!(done, [(3, 0), (4, 0)], "discarding and zeroing elsewhere");
+    setting.environment.release_hung();
+    setting.simulation.run_until_stalled();
+    assert_eq!(setting.completed(), [(0, 0)], "what hung comes back in the end");
+    assert_eq!(setting.request(IN, there, Err(1024)), 0);
+    assert_eq!(setting.driver.read(DATA + 0x1000, 1024), [[expected; 512], [7; 512]].concat());
+    if kind == OUT {
+        assert_eq!(setting.request(IN, here, Err(1024)), 0);
+        assert_eq!(setting.driver.read(DATA + 0x1000, 1024), [[expected; 512], [9; 512]].concat());
+    }
+}
+
+#[test]
+fn requests_elsewhere_do_not_wait_for_a_mapping_table() {
+    let seed = seed();
+    for kind in [IN, OUT] {
+        let mut simulation = Simulation::new(seed);
+        create_qcow2(&mut simulation, "/disk", CreateOptions::standalone(LARGE_DISK_BYTES));
+        let layer = open_qcow2(&mut simulation, "/disk");
+        let mut setting = Setting::over(simulation, vec![layer]);
+        for place in FAR_APART {
+            for cluster in 0..3 {
+                assert_eq!(setting.request(OUT, place + cluster * 128, Ok(&[1; 8192])), 0);
+            }
+        }
+        assert_eq!(setting.request(FLUSH, 0, Ok(&[])), 0);
+        // Nothing is in memory after a start.
+        let mut simulation = Simulation::on(setting.environment.crash());
+        let layer = open_qcow2(&mut simulation, "/disk");
+        others_do_not_wait(Setting::over(simulation, vec![layer]), "/disk", kind, 1);
+    }
+}
+
+#[test]
+fn requests_elsewhere_do_not_wait_for_a_fill_from_below() {
+    let mut simulation = Simulation::new(seed());
+    simulation.environment().put("/base", &vec![3; LARGE_DISK_BYTES as usize]);
+    let base = Arc::new(Layer::Raw(Raw::open(open(&mut simulation, "/base", Access::Read), false).expect("an image")));
+    create_qcow2(&mut simulation, "/overlay", CreateOptions::overlay(LARGE_DISK_BYTES, "/base", "raw"));
+    let overlay = open_qcow2(&mut simulation, "/overlay");
+    others_do_not_wait(Setting::over(simulation, vec![base, overlay]), "/base", OUT, 3);
 }
 
 #[test]
