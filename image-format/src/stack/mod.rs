@@ -248,6 +248,11 @@ impl<E: Environment> View<E> {
         &self.layers
     }
 
+    /// Memory that the chain map takes, in bytes.
+    pub fn map_bytes(&self) -> usize {
+        self.map.memory_bytes()
+    }
+
     /// The layer that is written to.
     pub fn top(&self) -> &Arc<Layer<E>> {
         &self.layers[self.top_number()]
