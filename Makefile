@@ -1,7 +1,7 @@
 # make demo    a guest boots from snapfence stacks and is snapshotted live; ends with a table and a plot
 # make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests
 # make build   the programs, optimised
-# make bench   what finding a place in a chain costs, at different depths
+# make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot
 # make guest   the guest that the tests and the demo boot
 # make install what this machine lacks for the above, from Debian's packages
 # make fmt, make lint, make clean
@@ -33,8 +33,9 @@ build: install
 	@cargo build --release --workspace --bins
 
 bench: install
-	@cargo build --release --package snapfence-benches
+	@cargo build --release --package snapfence-benches --package snapfenced --bins
 	@$(TARGET)/release/lookup
+	@$(TARGET)/release/daemon
 
 guest: install
 	@tests/guest/build.sh root
