@@ -4,11 +4,14 @@
 //! in two steps. [`reserve`](Layer::reserve) finds out where bytes may go and keeps everybody else away from that part of the mapping; the
 //! stack writes the data; [`Reservation::commit`] makes the mapping point there. A reservation that is dropped leaves the mapping as it was.
 
+use std::sync::Arc;
+
 use crate::buffer::AlignedBuffer;
 use crate::error::LayerError;
 use crate::extent::{Extent, ExtentList};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
+use crate::storage::kept::MemoryKeeper;
 use crate::storage::{Environment, Storage};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -222,6 +225,17 @@ impl<E: Environment> Layer<E> {
     /// As for [`flush`](Self::flush).
     pub async fn freeze(&self) -> Result<(), LayerError> {
         self.freeze_after(std::future::ready(())).await
+    }
+
+    /// Begins to keep what must not be lost with the process, in an image that was opened without a keeper and has not been written to yet.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush), or if there is no room.
+    pub async fn keep(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
+        match self {
+            Self::Raw(_) => Ok(()),
+            Self::Qcow2(image) => image.keep(keeper).await,
+        }
     }
 
     /// As [`freeze`](Self::freeze), while requests may still be reading, but none writing. `readers_gone` is awaited before space is given back

@@ -14,6 +14,9 @@ use super::CatalogueError;
 /// How often to look whether the daemon before has left.
 const RETRY_PAUSE: Duration = Duration::from_millis(2);
 
+/// Usually it is a matter of milliseconds, which nobody needs to know of.
+const WAITS_BEFORE_SAYING_SO: u32 = 250;
+
 /// The state directory, for as long as this value lives ours alone.
 #[derive(Debug)]
 pub struct StateDir {
@@ -44,7 +47,7 @@ impl StateDir {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let lock = options.open(&lock_path).map_err(failed("open", &lock_path))?;
-        let mut has_waited = false;
+        let mut waits = 0_u32;
         loop {
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
@@ -53,7 +56,8 @@ impl StateDir {
                 }
                 // The process is gone, but the kernel still works on what it has asked for.
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    if !std::mem::replace(&mut has_waited, true) {
+                    waits = waits.saturating_add(1);
+                    if waits == WAITS_BEFORE_SAYING_SO {
                         tracing::info!(event = "requests_awaited", directory = %path.display(), "waiting for I/O of the daemon before to end");
                     }
                     std::thread::sleep(RETRY_PAUSE);

@@ -306,9 +306,8 @@ async fn adopt<E: Environment>(
     chain::lock_file(&file, true)?;
     let header = Header::read(&file).await?;
     covers(environment, below, path, &header).await?;
-    let options = OpenOptions { keeper: Some(Arc::clone(others.keeper)), ..OpenOptions::writing() };
-    let image = Layer::Qcow2(Qcow2::open_with_header(file, header, options).await?);
-    match make_ready(environment, path, &image, below.virtual_size).await {
+    let image = Layer::Qcow2(Qcow2::open_with_header(file, header, OpenOptions::writing()).await?);
+    match make_ready(environment, path, &image, below.virtual_size, others.keeper).await {
         Ok(()) => Ok((identity, image)),
         Err(cause) => {
             give_back(path, &image).await;
@@ -318,10 +317,17 @@ async fn adopt<E: Environment>(
 }
 
 /// Sees to it that the image is empty, quick to write to, and durable.
-async fn make_ready<E: Environment>(environment: &E, path: &Path, image: &Layer<E>, size: u64) -> Result<(), OverlayCause> {
+async fn make_ready<E: Environment>(
+    environment: &E,
+    path: &Path,
+    image: &Layer<E>,
+    size: u64,
+    keeper: &Arc<dyn MemoryKeeper>,
+) -> Result<(), OverlayCause> {
     if let Some(at) = first_data(image, size).await? {
         return Err(OverlayCause::NotEmpty(at));
     }
+    image.keep(keeper).await?;
     image.warm().await?;
     image.flush().await?;
     let directory = path.parent().unwrap_or(Path::new("/"));

@@ -30,11 +30,11 @@ use crate::storage::kept::{KeptMemory, MemoryKeeper};
 use crate::storage::{FileIdentity, Storage};
 use crate::units::HostOffset;
 
-use super::Inner;
 use super::entry::{Entry, Standard};
 use super::geometry::{HostCluster, SliceKey};
 use super::l2::{Slice, SliceState};
 use super::refcount::BlockState;
+use super::{Inner, Qcow2};
 
 /// What the first word says.
 const KIND: u64 = u64::from_be_bytes(*b"qcow2 l2");
@@ -199,6 +199,16 @@ impl Unwritten {
             left.push(LeftSlice { key: SliceKey { l1_index: (key >> 32) as u32, slice: key as u32 }, words });
         }
         Ok(left)
+    }
+}
+
+impl<E: Environment> Qcow2<E> {
+    pub(crate) async fn keep(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
+        self.inner.admit_write()?;
+        if !self.inner.header().has_feature_bits() {
+            return Ok(());
+        }
+        self.inner.write_back_and(async |inner: &Inner<E>| inner.begin_keeping(keeper).await).await
     }
 }
 

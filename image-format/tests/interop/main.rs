@@ -53,8 +53,7 @@ fn images_pass_between_qemu_and_us() {
     let totals = Mutex::new(case::Totals::default());
     let work = || {
         let mut mine = case::Totals::default();
-        loop {
-            let Some(&seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+        while let Some(&seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
             if failures.lock().expect("no panics").len() >= MAX_FAILURES {
                 break;
             }
