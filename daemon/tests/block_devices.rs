@@ -87,8 +87,12 @@ fn qcow2_images_on_block_devices_are_served_and_snapshotted() {
     qemu_img(&["create", "-q", "-f", "qcow2"], &[&base.0, Path::new(&DISK_BYTES.to_string())]);
     qemu_img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"], &[&base.0, &overlay.0]);
     let socket = directory.path().join("vda.sock");
-    let daemon =
-        Daemon::start(directory.path(), &[format!("name=vda,image={},format=qcow2,socket={}", base.0.display(), socket.display())]);
+    let daemon = Daemon::start_with(
+        directory.path(),
+        &[format!("name=vda,image={},format=qcow2,socket={}", base.0.display(), socket.display())],
+        // A device is allowed by itself only.
+        &["--allow-dir".as_ref(), "/dev".as_ref()],
+    );
     let mut machine = Machine::new(1);
     let link = machine.connect(&socket);
 

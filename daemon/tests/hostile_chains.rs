@@ -124,9 +124,9 @@ fn malformed_chains() -> Vec<Case> {
         ("data outside memory", IOERR, "is not guest memory", |q| q.submit_at(0, IN, 0, Some(writable(1 << 40, 512)))),
         ("data at the end of addresses", IOERR, "is not guest memory", |q| q.submit_at(0, IN, 0, Some(writable(u64::MAX - 100, 512)))),
         ("data reach over the end of memory", IOERR, "is not guest memory", |q| {
-            q.submit_at(0, OUT, 0, Some(readable(q.data_at(0), 1 << 30)));
+            q.submit_at(0, OUT, 0, Some(readable(q.data_at(0), 60 << 20)));
         }),
-        ("all lengths huge", Returned, "more than 2147483647 bytes in one direction", |q| {
+        ("all lengths huge", Returned, "more than 67112960 bytes in one direction", |q| {
             raw(q, &[(readable(0, u32::MAX), NEXT, 1), (writable(0, u32::MAX), NEXT, 2), (writable(0, u32::MAX), 0, 0)]);
         }),
         ("header outside memory", IOERR, "is not guest memory", |q| q.submit_pieces(0, &[readable(1 << 40, 16), status(q)])),
@@ -183,7 +183,7 @@ fn malformed_chains() -> Vec<Case> {
             let header = header(q, FLUSH, 0);
             indirect(q, 32, 0, &[(header, NEXT, 1), (writable(DATA, 1), NEXT, 2)]);
         }),
-        ("more bytes than fit", IOERR, "more than 2147483647 bytes in one direction", |q| {
+        ("more bytes than fit", IOERR, "more than 67112960 bytes in one direction", |q| {
             let (header, status) = (header(q, IN, 0), status(q));
             let mut entries = vec![(header, NEXT, 1)];
             entries.extend((2..1024).map(|next| (writable(DATA, 4 << 20), NEXT, next)));

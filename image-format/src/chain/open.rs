@@ -189,6 +189,7 @@ async fn open_limited<E: Environment>(
     let mut layers = Vec::new();
     let mut seen = HashSet::new();
     let mut next = Some((top.clone(), format));
+    let mut top_is_kept = false;
     while let Some((location, format)) = next.take() {
         let path = location.path();
         let failed = |cause| ChainError { path: path.clone(), cause };
@@ -212,7 +213,8 @@ async fn open_limited<E: Environment>(
             Format::Qcow2 => {
                 let mut header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
                 let mut file = file;
-                if !writable && has_left(&header, options.keeper) {
+                let has_left = has_left(&header, options.keeper);
+                if !writable && has_left {
                     // It was the top of the stack when its process was killed.
                     drop(file);
                     restore(environment, &location, &options).await.map_err(failed)?;
@@ -222,16 +224,21 @@ async fn open_limited<E: Environment>(
                 }
                 next = backing(&path, &header, options.allowed).map_err(failed)?;
                 let data_file = open_data_file(environment, &path, &header, &options, locked).await.map_err(failed)?;
-                let image = Qcow2::open_with_header(
-                    file,
-                    header,
-                    OpenOptions { writable, data_file, l2_cache_bytes: None, keeper: options.keeper.cloned() },
-                )
-                .await;
+                // An image with nothing left is not changed before all beneath it has been found good.
+                let is_kept = writable && has_left;
+                top_is_kept |= is_kept;
+                let keeper = options.keeper.filter(|_| is_kept).cloned();
+                let opening = OpenOptions { writable, data_file, l2_cache_bytes: None, keeper };
+                let image = Qcow2::open_with_header(file, header, opening).await;
                 Layer::Qcow2(image.map_err(|error| failed(error.into()))?)
             }
         };
         layers.push(ChainLayer { path, format, identity, layer: Arc::new(layer) });
+    }
+    if let (Some(keeper), Some(ChainLayer { path, layer, .. })) =
+        (options.keeper.filter(|_| options.writable && !top_is_kept), layers.first())
+    {
+        layer.keep(keeper).await.map_err(|error| ChainError { path: path.clone(), cause: OpenError::Layer(error).into() })?;
     }
     layers.reverse();
     Ok(layers)

@@ -94,8 +94,8 @@ fn whatever_cannot_be_served_is_named() -> Result<()> {
     let spec = |name: &str, format: &str, socket: &str| format!("name=vda,image={name},format={format},socket={socket}");
     let table: [(String, &[&str]); 17] = [
         (spec("none.qcow2", "qcow2", "s"), &["device 'vda'", "none.qcow2: cannot be opened for writing: No such file"]),
-        (spec("nowhere/i", "raw", "s"), &["device 'vda'", "the directory of nowhere/i cannot be used: No such file"]),
-        (spec("a.qcow2", "qcow2", "nowhere/s"), &["device 'vda'", "the directory of nowhere/s cannot be used: No such file"]),
+        (spec("nowhere/i", "raw", "s"), &["device 'vda'", "the directory of ", "nowhere/i cannot be used: No such file"]),
+        (spec("a.qcow2", "qcow2", "nowhere/s"), &["device 'vda'", "the directory of ", "nowhere/s cannot be used: No such file"]),
         (spec("text", "qcow2", "s"), &["device 'vda'", "text: it is not a qcow2 image"]),
         (spec("empty", "qcow2", "s"), &["device 'vda'", "empty: the file is empty or too short"]),
         (spec("empty", "raw", "s"), &["device 'vda'", "empty has no size"]),
