@@ -355,6 +355,11 @@ impl Ring {
         self.record.is_some()
     }
 
+    fn set_outstanding(&mut self, head: u16, outstanding: bool) {
+        let (word, bit) = (&mut self.outstanding[usize::from(head) / 64], 1 << (head % 64));
+        *word = if outstanding { *word | bit } else { *word & !bit };
+    }
+
     /// Chains that have been taken and not given back, read anew.
     pub fn outstanding(&self) -> impl Iterator<Item = Chain> {
         let is_outstanding = |head: &u16| self.outstanding[usize::from(*head) / 64] >> (head % 64) & 1 != 0;
@@ -387,7 +392,7 @@ impl Ring {
     pub fn take(&mut self) -> Result<Option<Chain>, Broken> {
         if let Some(head) = self.left_over.pop_front() {
             // It is marked already.
-            self.outstanding[usize::from(head) / 64] |= 1 << (head % 64);
+            self.set_outstanding(head, true);
             return Ok(Some(self.read_chain(head)));
         }
         if self.next_avail == self.seen_avail {
@@ -402,7 +407,7 @@ impl Ring {
         if let Some(record) = &mut self.record {
             record.taken(head);
         }
-        self.outstanding[usize::from(head) / 64] |= 1 << (head % 64);
+        self.set_outstanding(head, true);
         Ok(Some(self.read_chain(head)))
     }
 
@@ -482,7 +487,7 @@ impl Ring {
             if let Some(record) = &self.record {
                 record.giving_back(chain.head);
             }
-            self.outstanding[usize::from(chain.head) / 64] &= !(1 << (chain.head % 64));
+            self.set_outstanding(chain.head, false);
             self.next_used = self.next_used.wrapping_add(1);
         }
         self.used.store_u16(INDEX_AT, self.next_used, Ordering::Release);

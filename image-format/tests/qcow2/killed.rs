@@ -53,6 +53,7 @@ impl Expected {
     }
 }
 
+#[derive(Clone, Copy)]
 struct Layout {
     options: &'static str,
     size: u64,
@@ -151,12 +152,11 @@ fn ordeal(layout: &Layout, seed: u64, keeper: Option<&Arc<TestKeeper>>) -> Resul
         environment.stop_after(environment.effects() + chance.below(life));
         let (world, options, shared) = (environment.clone(), keep(), Rc::clone(&expected));
         let mut simulation = Simulation::on(environment.clone());
-        let (layout_options, backed, is_shared, size) = (layout.options, layout.backed, layout.shared, layout.size);
+        let opened = *layout;
         let outcome = Rc::new(RefCell::new(Ok(())));
         let (report, requests) = (Rc::clone(&outcome), Chance::new(chance.number()));
         let _ = simulation.run(async move {
-            let layout = Layout { options: layout_options, size, backed, shared: is_shared };
-            let stack = layout.open(&world, options).await;
+            let stack = opened.open(&world, options).await;
             let found = read(&stack, GuestRange::new(GuestOffset::ZERO, stack.virtual_size())).await;
             let met = shared.borrow_mut().meet(found);
             if met.is_err() {
@@ -174,10 +174,9 @@ fn ordeal(layout: &Layout, seed: u64, keeper: Option<&Arc<TestKeeper>>) -> Resul
     }
     let context = format!("{}, seed {seed}, in the end", layout.options);
     let (world, options) = (environment.clone(), keep());
-    let (layout_options, backed, is_shared, size) = (layout.options, layout.backed, layout.shared, layout.size);
+    let opened = *layout;
     let found = Simulation::on(environment.clone()).block_on(async move {
-        let layout = Layout { options: layout_options, size, backed, shared: is_shared };
-        let stack = layout.open(&world, options).await;
+        let stack = opened.open(&world, options).await;
         let found = read(&stack, GuestRange::new(GuestOffset::ZERO, stack.virtual_size())).await;
         stack.close().await.expect("closed");
         found
