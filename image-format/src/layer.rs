@@ -186,6 +186,18 @@ impl<E: Environment> Layer<E> {
         }
     }
 
+    /// Ends when no write, commit or unmapping that ended before this call can be lost with the process, however it ends; a power cut is for
+    /// [`flush`](Self::flush). Does nothing where a keeper sees to it ([`keep`](Self::keep)), or nobody has asked for it.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush).
+    pub async fn outlast_process(&self) -> Result<(), LayerError> {
+        match self {
+            Self::Raw(_) => Ok(()),
+            Self::Qcow2(image) => image.outlast_process().await,
+        }
+    }
+
     /// What has been unmapped durably since the last call.
     pub fn take_unmapped(&self) -> Unmapped {
         match self {

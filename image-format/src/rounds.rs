@@ -62,6 +62,11 @@ impl Rounds {
         }
     }
 
+    /// Whether one is under way.
+    pub(crate) fn is_running(&self) -> bool {
+        self.state().running
+    }
+
     /// Ends when a round that began after the call has ended: that of `work` or, if another task was faster, of the same work there.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ mod unwritten;
 mod write;
 mod writeback;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use arc_swap::ArcSwapOption;
@@ -92,6 +92,8 @@ struct Inner<E: Environment> {
     dirty: Mutex<Vec<Arc<Slice>>>,
     /// Copies of these that outlive the process.
     unwritten: ArcSwapOption<Unwritten>,
+    /// Changes must outlive the process, but the format has no room for the number of their copies: the file gets them at once.
+    writes_at_once: AtomicBool,
     busy: BusyTable,
     unmapped: Mutex<UnmappedLists>,
     allocator: Mutex<Allocator>,
@@ -127,6 +129,7 @@ impl<E: Environment> Inner<E> {
             slices: SliceCache::new(slice_len, options.l2_cache_bytes.unwrap_or(default_cache)),
             dirty: Mutex::default(),
             unwritten: ArcSwapOption::empty(),
+            writes_at_once: AtomicBool::new(false),
             busy: BusyTable::default(),
             unmapped: Mutex::default(),
             allocator: Mutex::new(Allocator::new(geometry, no_refcounts, 0, 0, None)),

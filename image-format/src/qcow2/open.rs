@@ -178,6 +178,7 @@ impl<E: Environment> Inner<E> {
         *self.allocator() = Allocator::new(geometry, refcounts, used_end, file_clusters, limit);
         self.data_limit.store(used_end.max(file_clusters), Ordering::Release);
         self.opened_clusters = file_clusters;
+        *self.writes_at_once.get_mut() = keeper.is_some() && !header.has_feature_bits();
         let keeper = keeper.filter(|_| header.has_feature_bits());
         if let Some(keeper) = &keeper {
             self.restore_left(&**keeper, header.kept_number()).await?;

@@ -15,7 +15,8 @@
 //!
 //! Which memory belongs to an image is written in the image: its number is the upper half of the autoclear feature bits, which every program that
 //! does not know them must clear before it writes (qemu's docs/interop/qcow2.rst, "Auto-clear feature bits"). If somebody else has written to
-//! the image since, the copies are not used. Version 2 has no such bits: there, a killed process is to the guest what a power cut is.
+//! the image since, the copies are not used. Version 2 has no such bits: there, the file gets each change before the request that made it ends
+//! ([`Qcow2::outlast_process`]).
 //!
 //! Who changes an entry holds a [`Ticket`], got before anything else is locked, so that there is a slot when it is needed.
 
@@ -33,6 +34,7 @@ use crate::units::HostOffset;
 use super::entry::{Entry, Standard};
 use super::geometry::{HostCluster, SliceKey};
 use super::l2::{Slice, SliceState};
+use super::lifecycle::Phase;
 use super::refcount::BlockState;
 use super::{Inner, Qcow2};
 
@@ -206,9 +208,21 @@ impl<E: Environment> Qcow2<E> {
     pub(crate) async fn keep(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
         self.inner.admit_write()?;
         if !self.inner.header().has_feature_bits() {
+            self.inner.writes_at_once.store(true, Ordering::Release);
             return Ok(());
         }
         self.inner.write_back_and(async |inner: &Inner<E>| inner.begin_keeping(keeper).await).await
+    }
+
+    /// Ends when nothing that was written before the call can be lost with the process.
+    pub(crate) async fn outlast_process(&self) -> Result<(), LayerError> {
+        let inner = &self.inner;
+        if !inner.writes_at_once.load(Ordering::Acquire) || inner.phase.get() != Phase::Writing {
+            return Ok(());
+        }
+        // In this order: a round shows itself before it takes what the file does not have.
+        let has_unwritten = !inner.dirty.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        if has_unwritten || inner.rounds.is_running() { inner.write_back().await } else { Ok(()) }
     }
 }
 

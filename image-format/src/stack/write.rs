@@ -35,14 +35,22 @@ impl<E: Environment> View<E> {
             && let Some(host) = self.overwritable(place)
         {
             let (result, buffer) = self.top().data_file().write(host, from).await;
-            return (result.map_err(|error| LayerError::io("write", Structure::Data, host, error)), buffer);
+            let result = match result {
+                // The place may be one that the file does not know yet.
+                Ok(()) => self.top().outlast_process().await,
+                Err(error) => Err(LayerError::io("write", Structure::Data, host, error)),
+            };
+            return (result, buffer);
         }
         let (vectors, owned) = match from {
             Buffer::Shared(vectors) => (vectors, None),
             Buffer::Owned(buffer) => (AlignedBuffer::copy_of(&buffer).into_shared(), Some(buffer)),
         };
-        let result = self.write_pieces(range, &pieces, &vectors).await;
-        (result, owned.map_or(Buffer::Shared(vectors), Buffer::Owned))
+        let result = async {
+            self.write_pieces(range, &pieces, &vectors).await?;
+            self.top().outlast_process().await
+        };
+        (result.await, owned.map_or(Buffer::Shared(vectors), Buffer::Owned))
     }
 
     /// Makes the range read as zeros. `unmap` allows to give its space up.
@@ -59,6 +67,7 @@ impl<E: Environment> View<E> {
         if !self.top().write_zeroes(whole, unmap, &|extent| self.record(extent)).await? {
             return self.write_zero_bytes(range).await;
         }
+        self.top().outlast_process().await?;
         self.write_zero_bytes(GuestRange::between(range.start, whole.start)).await?;
         self.write_zero_bytes(GuestRange::between(whole.end(), range.end())).await
     }
@@ -74,7 +83,8 @@ impl<E: Environment> View<E> {
         if whole.is_empty() {
             return Ok(());
         }
-        self.top().discard(whole, self.layers.len() > 1, &|extent| self.record(extent)).await
+        self.top().discard(whole, self.layers.len() > 1, &|extent| self.record(extent)).await?;
+        self.top().outlast_process().await
     }
 
     fn admit_change(&self, range: GuestRange) -> Result<(), LayerError> {

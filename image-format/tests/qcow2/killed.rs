@@ -62,7 +62,7 @@ struct Layout {
     shared: bool,
 }
 
-const LAYOUTS: [Layout; 7] = [
+const LAYOUTS: [Layout; 9] = [
     Layout { options: "compat=1.1", size: 4 << 20, backed: false, shared: false },
     Layout { options: "compat=1.1,cluster_size=512", size: 200 << 10, backed: false, shared: false },
     Layout { options: "compat=1.1,cluster_size=512,refcount_bits=64", size: 300 << 10, backed: true, shared: false },
@@ -70,6 +70,9 @@ const LAYOUTS: [Layout; 7] = [
     Layout { options: "compat=1.1,cluster_size=16k,extended_l2=on", size: 2 << 20, backed: true, shared: false },
     Layout { options: "compat=1.1,cluster_size=128k,extended_l2=on", size: 8 << 20, backed: false, shared: false },
     Layout { options: "compat=1.1,cluster_size=4k", size: 1 << 20, backed: false, shared: true },
+    // Version 2 has no place for the number of kept memory.
+    Layout { options: "compat=0.10,cluster_size=4k", size: 1 << 20, backed: false, shared: true },
+    Layout { options: "compat=0.10,cluster_size=512", size: 300 << 10, backed: true, shared: false },
 ];
 
 impl Layout {
