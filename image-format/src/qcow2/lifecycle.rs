@@ -97,7 +97,9 @@ impl<E: Environment> Qcow2<E> {
             })
             .await?;
         inner.phase.set(Phase::ReadOnly);
+        // Of a deep chain most layers are frozen, so that what each keeps in memory counts.
         inner.slices.set_budget(READ_CACHE_BYTES);
+        inner.allocator().refcounts.let_go();
         Ok(())
     }
 }

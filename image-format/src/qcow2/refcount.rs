@@ -129,6 +129,13 @@ impl Refcounts {
         self.blocks.insert(index, Block { bytes: bytes.into(), dirty: None });
     }
 
+    /// Lets go of everything in memory, for a file that does not change any more: nobody asks again.
+    pub(super) fn let_go(&mut self) {
+        debug_assert!(self.dirty_blocks.is_empty() && self.dirty_entries.is_empty() && self.being_written.is_empty());
+        self.table = Vec::new();
+        self.blocks = HashMap::new();
+    }
+
     /// The refcount of a cluster; `None` if its block is not in memory.
     pub(super) fn get(&self, cluster: HostCluster) -> Option<u64> {
         let (index, entry) = self.geometry.locate_refcount(cluster);
