@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::error::LayerError;
 use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::Stack;
@@ -12,6 +13,7 @@ use snapfence_image_format::storage::Environment;
 use tracing::warn;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
+use crate::space::Space;
 use crate::vring::Limits;
 use crate::vring::request::ID_BYTES;
 
@@ -33,6 +35,8 @@ pub struct DeviceOptions {
     pub queues: u16,
     /// Largest queue size that is accepted, a power of two up to [`MAX_QUEUE_SIZE`].
     pub queue_size: u16,
+    /// What becomes of requests for which the medium has no space.
+    pub on_no_space: NoSpacePolicy,
 }
 
 /// Why a device cannot be as the operator wants it.
@@ -57,6 +61,7 @@ pub struct Device<E: Environment> {
     stack: Arc<Stack<E>>,
     cache: WriteCache,
     stragglers: Arc<Stragglers>,
+    space: Space,
     failures: AtomicU64,
 }
 
@@ -107,7 +112,15 @@ impl<E: Environment> Device<E> {
         if !options.queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&options.queue_size) {
             return Err(DeviceError::QueueSize(options.queue_size));
         }
-        Ok(Arc::new(Self { options, serial, stack, cache: WriteCache::default(), stragglers: Arc::default(), failures: AtomicU64::new(0) }))
+        Ok(Arc::new(Self {
+            space: Space::new(options.on_no_space),
+            options,
+            serial,
+            stack,
+            cache: WriteCache::default(),
+            stragglers: Arc::default(),
+            failures: AtomicU64::new(0),
+        }))
     }
 
     /// What the operator calls it.
@@ -143,6 +156,17 @@ impl<E: Environment> Device<E> {
     /// Requests that were given up in flight.
     pub fn stragglers(&self) -> &Arc<Stragglers> {
         &self.stragglers
+    }
+
+    /// Requests that wait for space.
+    pub fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// Whether a change of the disk has failed only because there is no space now. An image that has refused further writes after such an error
+    /// goes on refusing them.
+    pub fn lacks_space(&self, error: &LayerError) -> bool {
+        error.is_no_space() && !error.is_failure() && self.stack.failure().is_none()
     }
 
     /// Requests that the stack has failed.

@@ -11,6 +11,7 @@
 //! - [`server`]: all of it, as a process.
 //! - [`snapshot`]: group snapshots.
 //! - [`socket`]: sockets that have a path.
+//! - [`space`]: requests for which the medium has no space.
 //! - [`vring`]: virtqueues, and the requests in them.
 //! - [`worker`]: queue threads.
 
@@ -25,5 +26,6 @@ pub mod options;
 pub mod server;
 pub mod snapshot;
 pub mod socket;
+pub mod space;
 pub mod vring;
 pub mod worker;

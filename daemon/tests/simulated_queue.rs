@@ -1,7 +1,10 @@
 //! A queue thread on a simulated disk: what completes under which cache mode is what a crash leaves; requests that fail inside, or hang, come back
-//! or are given up, and never half; requests to other clusters wait for none that hangs; a thread that has nothing to do holds no view back.
+//! or are given up, and never half; requests to other clusters wait for none that hangs; a thread that has nothing to do holds no view back;
+//! a full disk makes requests wait.
 
 mod common;
+#[path = "simulated_queue/no_space.rs"]
+mod no_space;
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;
@@ -13,6 +16,7 @@ use common::driver::{DATA, Driver, Piece, readable, writable};
 use common::machine::{DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, range};
 use common::seed;
 use rustix::event::{EventfdFlags, eventfd};
+use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateOptions, OpenOptions, Qcow2};
 use snapfence_image_format::raw::Raw;
@@ -94,11 +98,16 @@ impl Setting {
     }
 
     /// A device over these layers, base first, whose only queue runs.
-    fn over(mut simulation: Simulation, layers: Vec<Arc<Layer<SimulatedEnvironment>>>) -> Self {
+    fn over(simulation: Simulation, layers: Vec<Arc<Layer<SimulatedEnvironment>>>) -> Self {
+        Self::with_policy(simulation, layers, NoSpacePolicy::Hold)
+    }
+
+    fn with_policy(mut simulation: Simulation, layers: Vec<Arc<Layer<SimulatedEnvironment>>>, on_no_space: NoSpacePolicy) -> Self {
         let environment = simulation.environment().clone();
         let domain = FenceDomain::new(|| std::time::Duration::ZERO);
         let stack = Stack::new(environment.clone(), &domain, layers, false);
-        let options = DeviceOptions { name: "vda".into(), serial: String::new(), read_only: false, queues: 1, queue_size: QUEUE_SIZE };
+        let options =
+            DeviceOptions { name: "vda".into(), serial: String::new(), read_only: false, queues: 1, queue_size: QUEUE_SIZE, on_no_space };
         let device = Device::new(options, stack).expect("good options");
         let executor = Executor::new(NoUnpark);
         let (worker, handle) = Worker::new(executor.clone(), (), &domain);

@@ -221,6 +221,28 @@ impl From<CacheMode> for snapfence_image_format::storage::CacheMode {
     }
 }
 
+/// What becomes of a request for which the medium has no space left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NoSpacePolicy {
+    /// It waits, and is tried again every second and after `device-resume`.
+    #[default]
+    Hold,
+    /// The guest gets an I/O error.
+    Report,
+}
+
+impl NoSpacePolicy {
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Hold => "hold",
+            Self::Report => "report",
+        }
+    }
+}
+
 /// Why a `--device` text was not understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceOptionError {

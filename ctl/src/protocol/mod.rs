@@ -19,7 +19,7 @@ mod strict;
 mod time;
 
 pub use command::{Call, Command, Empty, NEGOTIATION, QueryCommands, QueryVersion, Quit, all_commands};
-pub use device::{CacheMode, DeviceAdd, DeviceInfo, DeviceList, DeviceOptionError, DeviceRemove, DeviceState, ImageFormat};
+pub use device::{CacheMode, DeviceAdd, DeviceInfo, DeviceList, DeviceOptionError, DeviceRemove, DeviceState, ImageFormat, NoSpacePolicy};
 pub use event::{DeviceEvent, Event, JobStatusChange};
 pub use failure::{ErrorClass, Failure};
 pub use job::{JobCancel, JobInfo, JobStatus, QueryJobs};

@@ -259,7 +259,14 @@ impl VringT<Memory> for HookVring {
         }
         if enabled {
             self.control.queue.enable();
-        } else if self.control.queue.disable().recv_timeout(DRAIN_TIMEOUT).is_err() {
+            return;
+        }
+        let at_rest = self.control.queue.disable().recv_timeout(DRAIN_TIMEOUT).or_else(|_| {
+            // What waits for space would write to guest memory at any time, and the front-end may be saving it.
+            self.control.queue.give_up_held();
+            self.control.queue.disable().recv_timeout(COMMAND_TIMEOUT)
+        });
+        if at_rest.is_err() {
             error!(
                 event = "drain_timeout",
                 device = self.control.device,

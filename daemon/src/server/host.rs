@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use snapfence::protocol::{DeviceEvent, Event};
+use snapfence::protocol::{DeviceEvent, Event, NoSpacePolicy};
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::UringEnvironment;
 
@@ -67,6 +67,7 @@ impl Host<UringEnvironment> for VhostHost {
             read_only: options.read_only,
             queues: options.queues,
             queue_size: options.queue_size,
+            on_no_space: NoSpacePolicy::Hold,
         };
         let device = Device::new(shown, Arc::clone(stack)).map_err(ExportError::new)?;
         device.cache().keep_in(self.choices.join(&options.name)).map_err(ExportError::new)?;

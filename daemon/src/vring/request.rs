@@ -270,13 +270,18 @@ fn u64_at(bytes: &[u8; 16], at: usize) -> u64 {
 }
 
 impl Request {
-    /// Serves the request from `view`. Where the `cache` is write-through, what it wrote is durable afterwards. Returns the bytes of the data
+    /// Whether it may need space, and take effect once there is some.
+    pub fn needs_space(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Discard(_) | Self::WriteZeroes(_))
+    }
+
+    /// Serves the request from `view`; it may be served again if that fails. Where the `cache` is write-through, what it wrote is durable afterwards. Returns the bytes of the data
     /// part that it has filled.
     ///
     /// # Errors
     /// Whatever the stack says.
     pub async fn serve<E: Environment>(
-        self,
+        &self,
         view: &Arc<View<E>>,
         serial: &[u8; ID_BYTES],
         cache: &WriteCache,
@@ -287,13 +292,13 @@ impl Request {
             Self::Read { at, into } => {
                 let len = into.len();
                 if len > 0 {
-                    view.read(at, Buffer::Shared(into)).await.0?;
+                    view.read(*at, Buffer::Shared(into.clone())).await.0?;
                 }
                 Ok(len)
             }
             Self::Write { at, from } => {
                 if !from.is_empty() {
-                    view.write(at, Buffer::Shared(from)).await.0?;
+                    view.write(*at, Buffer::Shared(from.clone())).await.0?;
                     if write_through {
                         view.flush().await?;
                     }
@@ -307,14 +312,14 @@ impl Request {
                 Ok(len)
             }
             Self::Discard(ranges) => {
-                for range in ranges.into_iter().filter(|range| !range.is_empty()) {
-                    view.discard(range).await?;
+                for range in ranges.iter().filter(|range| !range.is_empty()) {
+                    view.discard(*range).await?;
                 }
                 Ok(0)
             }
             Self::WriteZeroes(ranges) => {
-                for (range, unmap) in ranges.into_iter().filter(|(range, _)| !range.is_empty()) {
-                    view.write_zeroes(range, unmap).await?;
+                for (range, unmap) in ranges.iter().filter(|(range, _)| !range.is_empty()) {
+                    view.write_zeroes(*range, *unmap).await?;
                 }
                 if write_through {
                     view.flush().await?;

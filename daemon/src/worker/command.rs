@@ -48,6 +48,8 @@ pub(super) enum Command {
     Stop { answer: Answer<u16> },
     /// Forget the ring at once. What is in flight ends, but is not given back.
     Abandon { answer: Answer<u16> },
+    /// Give back as failed what waits for space, and hold nothing more before the next `Enable`.
+    GiveUpHeld,
     /// Take chains.
     Enable,
     /// Take no chains for now; answer when nothing is in flight.
@@ -192,6 +194,11 @@ impl QueueHandle {
     /// Forgets the ring, also if something is in flight: that ends, touching only memory which it keeps, but is not given back.
     pub fn abandon(&self) -> Receiver<u16> {
         self.ask(|answer| Command::Abandon { answer })
+    }
+
+    /// Lets requests that wait for space fail, and those as well that would have to, until the queue is enabled again.
+    pub fn give_up_held(&self) {
+        self.send(Command::GiveUpHeld);
     }
 
     /// Lets chains be taken.

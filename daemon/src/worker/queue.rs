@@ -11,6 +11,9 @@
 //! record of what is in flight they stay marked there, and the next start of the ring serves them again, after they have ended. Without one
 //! they are given back at once, as failed.
 //!
+//! A request for which there is no space is held ([`Space`](crate::space::Space)). What is held keeps no ring from stopping that has a record: it
+//! is in there for the next start. Other rings wait as for all requests, and whoever loses patience has it given back as failed.
+//!
 //! A request is one task. It keeps the view with which it was taken, serves itself, waits for the fence of that view, and only then writes its
 //! status and comes back; the queue gives all that have come back to the driver at once.
 
@@ -19,7 +22,10 @@ use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use snapfence_image_format::runtime::Executor;
+use futures_util::future::select;
+use snapfence::protocol::NoSpacePolicy;
+use snapfence_image_format::error::LayerError;
+use snapfence_image_format::runtime::{Executor, WaitQueue};
 use snapfence_image_format::stack::{Attachment, Participant, View};
 use snapfence_image_format::storage::Environment;
 use tracing::{debug, info, warn};
@@ -27,7 +33,8 @@ use tracing::{debug, info, warn};
 use super::Doorbells;
 use super::command::{Answer, Command, Start};
 use crate::device::{Device, Stragglers};
-use crate::vring::request::Parsed;
+use crate::space::RETRY_AFTER;
+use crate::vring::request::{Parsed, Request};
 use crate::vring::{Broken, Limits, Ring, Signal, Status, Used};
 
 /// Most bytes of one queue in flight, unless a single request has more. What is copied on the way to the image takes so much memory, whatever
@@ -99,13 +106,36 @@ struct Ledger {
     bytes_in_flight: Cell<u64>,
     /// The ring is gone: the driver may use the memory of its requests for something else.
     is_closed: Cell<bool>,
+    /// Nothing is held any more: what would be fails.
+    is_impatient: Cell<bool>,
+    /// Requests that wait for space, and are not being tried just now.
+    held: Cell<usize>,
+    /// Something has changed that those look at.
+    changed: WaitQueue,
     /// Where those count that end afterwards.
     stragglers: Arc<Stragglers>,
 }
 
 impl Ledger {
     fn new(stragglers: Arc<Stragglers>) -> Self {
-        Self { ended: RefCell::default(), bytes_in_flight: Cell::default(), is_closed: Cell::default(), stragglers }
+        Self {
+            ended: RefCell::default(),
+            bytes_in_flight: Cell::default(),
+            is_closed: Cell::default(),
+            is_impatient: Cell::default(),
+            held: Cell::default(),
+            changed: WaitQueue::new(),
+            stragglers,
+        }
+    }
+
+    /// Whether nothing is to be held.
+    fn gives_up(&self) -> bool {
+        self.is_closed.get() || self.is_impatient.get()
+    }
+
+    fn has_room(&self) -> bool {
+        self.bytes_in_flight.get() < MAX_BYTES_IN_FLIGHT
     }
 }
 
@@ -125,13 +155,14 @@ impl<B> Drop for Running<B> {
     fn drop(&mut self) {
         self.ledger.is_closed.set(true);
         self.ledger.stragglers.add(self.in_flight - self.ledger.ended.borrow().len());
+        self.ledger.changed.notify_all();
     }
 }
 
 impl<B> Running<B> {
     /// Whether no more may be in flight. A driver cannot have more chains out than descriptors: one that claims to waits.
     fn is_full(&self) -> bool {
-        self.in_flight >= usize::from(self.ring.size()) || self.ledger.bytes_in_flight.get() >= MAX_BYTES_IN_FLIGHT
+        self.in_flight >= usize::from(self.ring.size()) || !self.ledger.has_room()
     }
 
     /// Whether chains may be taken as far as this ring knows.
@@ -197,7 +228,7 @@ impl<E: Environment, B> Queue<E, B> {
                     Command::Start { start, answer } => self.start(*start, &answer, doorbells),
                     Command::Stop { answer } | Command::Abandon { answer } => tell(&answer, *next_avail),
                     Command::Disable { answer } | Command::Memory { answer, .. } => tell(&answer, ()),
-                    Command::Enable | Command::Kick(_) | Command::Call(_) | Command::Error(_) | Command::Detach => {}
+                    Command::GiveUpHeld | Command::Enable | Command::Kick(_) | Command::Call(_) | Command::Error(_) | Command::Detach => {}
                 }
                 return;
             }
@@ -220,7 +251,12 @@ impl<E: Environment, B> Queue<E, B> {
                 self.state = State::Stopped { next_avail };
                 tell(&answer, next_avail);
             }
+            Command::GiveUpHeld => {
+                running.ledger.is_impatient.set(true);
+                running.ledger.changed.notify_all();
+            }
             Command::Enable => {
+                running.ledger.is_impatient.set(false);
                 if let Flow::Disabled(_) = running.flow {
                     running.flow = Flow::Enabled;
                 }
@@ -386,6 +422,16 @@ impl<E: Environment, B> Queue<E, B> {
             is_used
         });
         if running.in_flight > 0 {
+            if let Flow::Stopping(answer) = &running.flow
+                && running.ring.has_record()
+                && running.in_flight == running.ledger.held.get()
+            {
+                let next_avail = running.ring.next_avail();
+                let (device, queue, count) = (self.device.name(), self.index, running.in_flight);
+                warn!(event = "requests_left", device, queue, count, "requests that wait for space are served when the ring starts again");
+                tell(answer, next_avail);
+                self.state = State::Stopped { next_avail };
+            }
             return;
         }
         match &mut running.flow {
@@ -451,15 +497,27 @@ impl<E: Environment> Task<E> {
     async fn run(self) {
         let Self { parsed, device, view, bytes, ledger, memory_in_use } = self;
         let (head, data_bytes) = (parsed.head, parsed.data_bytes());
-        let (status, filled) = match parsed.request {
-            Ok(request) => match request.serve(&view, device.serial(), device.cache()).await {
-                Ok(filled) => (Status::Ok, filled),
-                Err(error) => {
-                    device.note_failure(&error);
-                    (Status::from(&error), 0)
+        let (status, filled, view) = match &parsed.request {
+            Ok(request) => {
+                let (mut outcome, mut view) = (request.serve(&view, device.serial(), device.cache()).await, view);
+                if let Err(error) = &outcome
+                    && request.needs_space()
+                    && device.lacks_space(error)
+                {
+                    // Seldom, so every other task is smaller without it.
+                    (outcome, view) = Box::pin(without_space(request, error.clone(), &device, view, &ledger, bytes)).await;
                 }
-            },
-            Err(refusal) => (refusal.status(), 0),
+                match outcome {
+                    Ok(filled) => (Status::Ok, filled, view),
+                    Err(error) => {
+                        if !ledger.is_closed.get() {
+                            device.note_failure(&error);
+                        }
+                        (Status::from(&error), 0, view)
+                    }
+                }
+            }
+            Err(refusal) => (refusal.status(), 0, view),
         };
         // Nothing of the answer may be seen before the fence is passed, the status byte included.
         view.completions_released().await;
@@ -476,6 +534,60 @@ impl<E: Environment> Task<E> {
         };
         ledger.ended.borrow_mut().push(Used { head, written });
         ledger.bytes_in_flight.update(|before| before - bytes);
+        if ledger.held.get() > 0 {
+            // There may be room for them now.
+            ledger.changed.notify_all();
+        }
         drop(memory_in_use);
     }
+}
+
+/// Goes on with a request that has failed with `error`, for want of space: as the device's policy says, holds it until there is some. Returns what
+/// became of it, and the view from which it was served last.
+async fn without_space<E: Environment>(
+    request: &Request,
+    mut error: LayerError,
+    device: &Device<E>,
+    mut view: Rc<Counted<View<E>>>,
+    ledger: &Ledger,
+    bytes: u64,
+) -> (Result<usize, LayerError>, Rc<Counted<View<E>>>) {
+    let space = device.space();
+    if space.policy() == NoSpacePolicy::Report {
+        space.note_failed(&error, device.stack().environment().now());
+        return (Err(error), view);
+    }
+    let held = space.hold();
+    loop {
+        if ledger.gives_up() {
+            return (Err(error), view);
+        }
+        held.note_refused(&error);
+        // Neither a layer that is being frozen waits for it, nor other requests for the memory that it would take.
+        drop(view);
+        ledger.bytes_in_flight.update(|before| before - bytes);
+        ledger.held.update(|before| before + 1);
+        wait_for_space(device, ledger).await;
+        ledger.held.update(|before| before - 1);
+        ledger.bytes_in_flight.update(|before| before + bytes);
+        // The newest: the one before may have been cut, and its layer may not change any more. Nothing of the request has been seen yet.
+        view = Rc::new(Counted(device.stack().view()));
+        if ledger.gives_up() {
+            return (Err(error), view);
+        }
+        match request.serve(&view, device.serial(), device.cache()).await {
+            Err(again) if device.lacks_space(&again) => error = again,
+            outcome => return (outcome, view),
+        }
+    }
+}
+
+/// Ends when a held request is to be tried again, or given up.
+async fn wait_for_space<E: Environment>(device: &Device<E>, ledger: &Ledger) {
+    let environment = device.stack().environment();
+    let time = std::pin::pin!(environment.sleep_until(environment.now() + RETRY_AFTER));
+    let resumption = std::pin::pin!(device.space().resumption());
+    let end = std::pin::pin!(ledger.changed.wait_until(|| ledger.gives_up().then_some(())));
+    select(select(time, resumption), end).await;
+    ledger.changed.wait_until(|| (ledger.gives_up() || ledger.has_room()).then_some(())).await;
 }

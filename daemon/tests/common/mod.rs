@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
+use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateOptions, OpenOptions, Qcow2};
@@ -44,7 +45,14 @@ pub(crate) fn block_on<T: 'static>(future: impl Future<Output = T> + 'static) ->
 }
 
 pub(crate) fn options(queues: u16) -> DeviceOptions {
-    DeviceOptions { name: "vda".into(), serial: "serial-of-vda".into(), read_only: false, queues, queue_size: 256 }
+    DeviceOptions {
+        name: "vda".into(),
+        serial: "serial-of-vda".into(),
+        read_only: false,
+        queues,
+        queue_size: 256,
+        on_no_space: NoSpacePolicy::Hold,
+    }
 }
 
 /// Queue threads and a directory.

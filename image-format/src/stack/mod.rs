@@ -110,6 +110,11 @@ impl<E: Environment> Stack<E> {
         })
     }
 
+    /// Time and tasks, as the layers have them.
+    pub fn environment(&self) -> &E {
+        &self.environment
+    }
+
     /// Size of the disk in bytes: that of the top layer, and of every overlay put on it later.
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size
