@@ -101,6 +101,7 @@ pub(crate) fn devices(devices: &[DeviceInfo]) -> String {
     let columns = [
         ("NAME", Edge::Left),
         ("STATE", Edge::Left),
+        ("I/O", Edge::Left),
         ("FRONT-END", Edge::Left),
         ("SIZE", Edge::Right),
         ("LAYERS", Edge::Right),
@@ -116,6 +117,7 @@ pub(crate) fn devices(devices: &[DeviceInfo]) -> String {
         table.row([
             device.name.clone(),
             device.state.as_str().to_owned(),
+            device.io_status.as_str().to_owned(),
             if device.connected { "connected" } else { "-" }.to_owned(),
             bytes(device.virtual_size),
             device.depth.to_string(),

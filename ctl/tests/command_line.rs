@@ -135,6 +135,7 @@ fn lists_are_tables_or_json() {
             "device-list" => json!([{
                 "name": "vda", "image": "/d/a.qcow2", "format": "qcow2", "socket": "/d/a.sock", "queues": 4, "queue-size": 256,
                 "readonly": false, "serial": "vda", "cache": "direct", "virtual-size": 1 << 30, "connected": true, "depth": 3, "state": "ready",
+                "on-no-space": "hold", "io-status": "nospace",
             }]),
             "snapshot-list" => json!([snapshot("frozen"), snapshot("switched")]),
             "query-jobs" => json!([
@@ -149,8 +150,8 @@ fn lists_are_tables_or_json() {
         vec![json!({ "return": answer })]
     });
     let expected = "\
-NAME  STATE  FRONT-END   SIZE  LAYERS  QUEUES  ACCESS      CACHE   FORMAT  IMAGE       SOCKET
-vda   ready  connected  1 GiB       3   4x256  read-write  direct  qcow2   /d/a.qcow2  /d/a.sock
+NAME  STATE  I/O      FRONT-END   SIZE  LAYERS  QUEUES  ACCESS      CACHE   FORMAT  IMAGE       SOCKET
+vda   ready  nospace  connected  1 GiB       3   4x256  read-write  direct  qcow2   /d/a.qcow2  /d/a.sock
 ";
     assert_eq!(daemon.run(&["device", "list"]).done(), expected);
     assert_eq!(daemon.run(&["device", "list", "--json"]).json()[0]["queue-size"], 256);
@@ -179,8 +180,13 @@ fn devices_are_added_and_removed_by_absolute_paths() {
             for (key, value) in [("queues", json!(1)), ("queue-size", json!(256)), ("readonly", json!(false)), ("serial", json!(""))] {
                 device[key] = value;
             }
-            for (key, value) in [("virtual-size", json!(512)), ("connected", json!(false)), ("depth", json!(1)), ("state", json!("ready"))]
-            {
+            for (key, value) in [
+                ("virtual-size", json!(512)),
+                ("connected", json!(false)),
+                ("depth", json!(1)),
+                ("state", json!("ready")),
+                ("io-status", json!("ok")),
+            ] {
                 device[key] = value;
             }
             vec![json!({ "return": device })]
@@ -189,10 +195,12 @@ fn devices_are_added_and_removed_by_absolute_paths() {
     });
     let folder = daemon.folder.path().canonicalize().unwrap();
     daemon.run(&["device", "add", "name=vda,image=a.raw,format=raw,socket=/run/a.sock"]).done();
-    let expected = json!({ "name": "vda", "image": folder.join("a.raw"), "format": "raw", "socket": "/run/a.sock", "cache": "direct" });
+    let expected = json!({ "name": "vda", "image": folder.join("a.raw"), "format": "raw", "socket": "/run/a.sock", "cache": "direct", "on-no-space": "hold" });
     assert_eq!(daemon.asked(), [("device-add".to_owned(), expected)]);
     daemon.run(&["device", "remove", "vdx", "--force"]).failed("'vdx'");
     assert_eq!(daemon.asked(), [("device-remove".to_owned(), json!({ "name": "vdx", "force": true }))]);
+    daemon.run(&["device", "resume", "vdx"]).failed("'vdx'");
+    assert_eq!(daemon.asked(), [("device-resume".to_owned(), json!({ "name": "vdx" }))]);
 }
 
 #[test]

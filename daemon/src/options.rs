@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use clap::error::ErrorKind;
 use serde::Deserialize;
-use snapfence::protocol::{self, DeviceAdd, DeviceOptionError, ImageFormat};
+use snapfence::protocol::{self, DeviceAdd, DeviceOptionError, ImageFormat, NoSpacePolicy};
 use snapfence_image_format::chain::Format;
 use snapfence_image_format::storage::CacheMode;
 use toml::Spanned;
@@ -71,6 +71,8 @@ pub struct DeviceOptions {
     pub serial: String,
     /// Whether transfers pass the page cache.
     pub cache: CacheMode,
+    /// What becomes of requests for which there is no space.
+    pub on_no_space: NoSpacePolicy,
     /// Who may connect.
     pub socket_access: SocketAccess,
 }
@@ -165,7 +167,7 @@ struct Arguments {
         long,
         value_name = "KEY=VALUE,...",
         help = "A disk to serve (repeatable): name=vda,image=PATH,format=raw|qcow2,socket=PATH[,queues=N][,queue-size=N][,readonly=on|off]\
-                [,serial=TEXT][,cache=direct|buffered][,socket-mode=OCTAL][,socket-group=NAME|NUMBER]. A comma inside a value is written twice"
+                [,serial=TEXT][,cache=direct|buffered][,on-no-space=hold|report][,socket-mode=OCTAL][,socket-group=NAME|NUMBER]. A comma inside a value is written twice"
     )]
     device: Vec<String>,
 
@@ -377,6 +379,7 @@ impl TryFrom<DeviceAdd> for DeviceOptions {
             queue_size,
             read_only: asked.readonly,
             serial,
+            on_no_space: asked.on_no_space,
             cache: match asked.cache {
                 protocol::CacheMode::Direct => CacheMode::Direct,
                 protocol::CacheMode::Buffered => CacheMode::Buffered,
@@ -444,7 +447,7 @@ mod tests {
     fn a_device_has_all_keys_or_their_defaults() {
         let options = with_base(&[
             "--device",
-            "name=vda,image=/i,,1.qcow2,format=qcow2,socket=/s,queues=4,queue-size=128,readonly=on,serial=A b,cache=buffered,\
+            "name=vda,image=/i,,1.qcow2,format=qcow2,socket=/s,queues=4,queue-size=128,readonly=on,serial=A b,cache=buffered,on-no-space=report,\
              socket-mode=666,socket-group=36",
             "--device",
             "name=vdb,image=b,format=raw,socket=t",
@@ -465,6 +468,7 @@ mod tests {
             read_only: true,
             serial: "A b".into(),
             cache: CacheMode::Buffered,
+            on_no_space: NoSpacePolicy::Report,
             socket_access: SocketAccess { mode: 0o666, group: Some(Group::Id(36)) },
         };
         let second = DeviceOptions {
@@ -477,6 +481,7 @@ mod tests {
             read_only: false,
             serial: "vdb".into(),
             cache: CacheMode::Direct,
+            on_no_space: NoSpacePolicy::Hold,
             socket_access: SocketAccess { mode: SOCKET_MODE, group: None },
         };
         assert_eq!(options.devices, [first, second]);
@@ -494,7 +499,7 @@ mod tests {
             (&["--device", "name=a,image=i,format=vmdk,socket=s"], "device a: 'format=vmdk': expected raw or qcow2"),
             (
                 &["--device", "name=a,nmae=b"],
-                "device a: there is no option 'nmae'; there are name, image, format, socket, queues, queue-size, readonly, serial, cache, socket-mode and socket-group",
+                "device a: there is no option 'nmae'; there are name, image, format, socket, queues, queue-size, readonly, serial, cache, on-no-space, socket-mode and socket-group",
             ),
             (&["--device", "name=a,name=b"], "device a: 'name' is given twice"),
             (&["--device", "name=a,readonly"], "device a: 'readonly' is not of the form KEY=VALUE"),
@@ -562,13 +567,16 @@ mod tests {
             socket = "/s"
             queues = 2
             readonly = true
+            on-no-space = "report"
             socket-group = "kvm"
         "#;
         let options = config(text).expect("valid");
         assert_eq!(
             options.devices,
-            [DeviceOptions::parse("name=vda,image=/i.raw,format=raw,socket=/s,queues=2,readonly=on,socket-mode=0660,socket-group=kvm")
-                .expect("valid")]
+            [DeviceOptions::parse(
+                "name=vda,image=/i.raw,format=raw,socket=/s,queues=2,readonly=on,on-no-space=report,socket-mode=0660,socket-group=kvm"
+            )
+            .expect("valid")]
         );
         assert_eq!(options.allowed_directories, [PathBuf::from("/images")]);
         assert_eq!(options.socket_directories, [PathBuf::from("/run/vms")]);

@@ -81,9 +81,16 @@ pub(crate) enum DeviceCommand {
     #[command(after_help = "Example: snapfence device add name=vda,image=/disks/a.qcow2,format=qcow2,socket=/run/a.sock,queues=4")]
     Add {
         /// Keys: name, image, format (raw or qcow2), socket; and if wanted queues, queue-size, readonly (on or off), serial, cache (direct or
-        /// buffered), socket-mode (octal), socket-group (a name or number). A comma inside a value is written twice.
+        /// buffered), on-no-space (hold or report), socket-mode (octal), socket-group (a name or number). A comma inside a value is written twice.
         #[arg(value_name = "name=NAME,image=PATH,format=FORMAT,socket=PATH[,...]")]
         device: DeviceAdd,
+    },
+
+    /// Try requests again at once that wait for space.
+    #[command(after_help = "They are tried every second without it, too. `snapfence device list` shows I/O `nospace` while some wait.")]
+    Resume {
+        /// The disk's name.
+        name: String,
     },
 
     /// Stop serving a disk. Its images and snapshots stay.

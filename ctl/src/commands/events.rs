@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 use snapfence::client::Received;
-use snapfence::protocol::{Event, Moment, SnapshotInfo};
+use snapfence::protocol::{BlockErrorAction, Event, Moment, SnapshotInfo};
 
 use super::{Session, output};
 use crate::render;
@@ -40,6 +40,13 @@ fn for_people(received: &Received) -> String {
         }
         Some(Event::DeviceConnected(event)) => format!("a front-end has connected to {}", event.device),
         Some(Event::DeviceDisconnected(event)) => format!("the front-end of {} has gone", event.device),
+        Some(Event::BlockIoError(event)) => {
+            let fate = match event.action {
+                BlockErrorAction::Stop => "requests wait",
+                BlockErrorAction::Report => "the guest has an I/O error",
+            };
+            format!("{fate} on {}: {}", event.device, event.reason)
+        }
         Some(Event::EventsLost { count }) => format!("{count} events are missing here, this program was too slow"),
         None => format!("{} {}", received.name, received.data),
     };

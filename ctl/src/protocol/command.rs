@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    BlockdevAdd, BlockdevDel, BlockdevSnapshot, BlockdevSnapshotSync, CommandInfo, DeviceAdd, DeviceList, DeviceRemove, ErrorClass,
-    Failure, JobCancel, QueryJobs, QueryNamedBlockNodes, SnapshotCreate, SnapshotList, SnapshotShow, StackShow, Transaction, VersionInfo,
-    typed,
+    BlockdevAdd, BlockdevDel, BlockdevSnapshot, BlockdevSnapshotSync, CommandInfo, DeviceAdd, DeviceList, DeviceRemove, DeviceResume,
+    ErrorClass, Failure, JobCancel, QueryJobs, QueryNamedBlockNodes, SnapshotCreate, SnapshotList, SnapshotShow, StackShow, Transaction,
+    VersionInfo, typed,
 };
 
 /// The command that ends the negotiation; the only one allowed before.
@@ -108,6 +108,7 @@ commands!(
     DeviceList,
     DeviceAdd,
     DeviceRemove,
+    DeviceResume,
     SnapshotCreate,
     SnapshotList,
     SnapshotShow,
@@ -148,10 +149,11 @@ mod tests {
                 "device-add",
                 json!({
                     "name": "vda", "image": "/i", "format": "raw", "socket": "/s", "queues": 4, "queue-size": 128, "readonly": true,
-                    "serial": "x", "cache": "buffered", "socket-mode": "0660", "socket-group": "kvm",
+                    "serial": "x", "cache": "buffered", "on-no-space": "report", "socket-mode": "0660", "socket-group": "kvm",
                 }),
             ),
             ("device-remove", json!({ "name": "vda", "force": true })),
+            ("device-resume", json!({ "name": "vda" })),
             (
                 "snapshot-create",
                 json!({
@@ -202,6 +204,7 @@ mod tests {
             DeviceList,
             DeviceAdd,
             DeviceRemove,
+            DeviceResume,
             SnapshotCreate,
             SnapshotList,
             SnapshotShow,

@@ -48,6 +48,9 @@ pub struct DeviceAdd {
     /// How the image is opened.
     #[serde(default)]
     pub cache: CacheMode,
+    /// What becomes of requests for which there is no space.
+    #[serde(default)]
+    pub on_no_space: NoSpacePolicy,
     /// Permissions of the socket, in octal as for `chmod`: 0600 if absent, 0660 with `socket_group`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_mode: Option<String>,
@@ -77,6 +80,19 @@ impl Call for DeviceRemove {
     type Answer = Empty;
 }
 
+/// Try requests again at once that wait for space. They are tried every second without it, too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceResume {
+    /// The device.
+    pub name: String,
+}
+
+impl Call for DeviceResume {
+    const NAME: &'static str = "device-resume";
+    type Answer = Empty;
+}
+
 /// A device as it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -99,6 +115,8 @@ pub struct DeviceInfo {
     pub serial: String,
     /// How the layers are opened.
     pub cache: CacheMode,
+    /// What becomes of requests for which there is no space.
+    pub on_no_space: NoSpacePolicy,
     /// Size of the disk in bytes.
     pub virtual_size: u64,
     /// Whether a front-end is connected.
@@ -107,6 +125,32 @@ pub struct DeviceInfo {
     pub depth: u32,
     /// What it is doing.
     pub state: DeviceState,
+    /// Whether requests can be served.
+    pub io_status: BlockDeviceIoStatus,
+}
+
+/// Whether a device can serve its requests, in QEMU's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BlockDeviceIoStatus {
+    /// As far as anybody knows.
+    Ok,
+    /// Writes fail until it is opened again.
+    Failed,
+    /// Some wait for space.
+    Nospace,
+}
+
+impl BlockDeviceIoStatus {
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::Nospace => "nospace",
+        }
+    }
 }
 
 /// What a device is doing.
@@ -248,7 +292,7 @@ impl NoSpacePolicy {
 pub enum DeviceOptionError {
     /// No such key.
     #[error(
-        "there is no option '{key}'; there are name, image, format, socket, queues, queue-size, readonly, serial, cache, socket-mode and socket-group"
+        "there is no option '{key}'; there are name, image, format, socket, queues, queue-size, readonly, serial, cache, on-no-space, socket-mode and socket-group"
     )]
     Unknown {
         /// The key.
@@ -339,6 +383,13 @@ impl FromStr for DeviceAdd {
                 Err(DeviceOptionError::Value { key: "cache".to_owned(), value: other.to_owned(), expected: "direct or buffered" })
             }
         };
+        let on_no_space = match take("on-no-space").as_deref() {
+            None | Some("hold") => Ok(NoSpacePolicy::Hold),
+            Some("report") => Ok(NoSpacePolicy::Report),
+            Some(other) => {
+                Err(DeviceOptionError::Value { key: "on-no-space".to_owned(), value: other.to_owned(), expected: "hold or report" })
+            }
+        };
         let (socket_mode, socket_group) = (take("socket-mode"), take("socket-group"));
         // A key that is wrong is likelier the cause of one that is missing than the other way round.
         if let Some((key, _)) = given.into_iter().next() {
@@ -354,6 +405,7 @@ impl FromStr for DeviceAdd {
             readonly: readonly?,
             serial,
             cache: cache?,
+            on_no_space: on_no_space?,
             socket_mode,
             socket_group,
         })
@@ -366,7 +418,7 @@ mod tests {
 
     #[test]
     fn a_device_is_described_in_one_text() {
-        let text = "socket=/run/a,,b.sock,name=vda,image=/disks/x=y.qcow2,format=raw,queues=4,queue-size=128,readonly=on,serial=,cache=buffered,socket-mode=0660,socket-group=kvm";
+        let text = "socket=/run/a,,b.sock,name=vda,image=/disks/x=y.qcow2,format=raw,queues=4,queue-size=128,readonly=on,serial=,cache=buffered,on-no-space=report,socket-mode=0660,socket-group=kvm";
         let expected = DeviceAdd {
             name: "vda".to_owned(),
             image: "/disks/x=y.qcow2".into(),
@@ -377,6 +429,7 @@ mod tests {
             readonly: true,
             serial: Some(String::new()),
             cache: CacheMode::Buffered,
+            on_no_space: NoSpacePolicy::Report,
             socket_mode: Some("0660".to_owned()),
             socket_group: Some("kvm".to_owned()),
         };
@@ -399,6 +452,7 @@ mod tests {
             (format!("{good},queues=-1"), "'queues=-1': expected a number"),
             (format!("{good},queue-size=65536"), "'queue-size=65536': expected a number"),
             (format!("{good},readonly=yes"), "'readonly=yes': expected on or off"),
+            (format!("{good},on-no-space=stop"), "'on-no-space=stop': expected hold or report"),
             (format!("{good},cache=none"), "'cache=none': expected direct or buffered"),
         ];
         for (text, expected) in table {

@@ -21,6 +21,8 @@ pub enum Event {
     DeviceConnected(DeviceEvent),
     /// A front-end has gone from a device.
     DeviceDisconnected(DeviceEvent),
+    /// QEMU's: requests of a device have failed, or wait.
+    BlockIoError(BlockIoError),
     /// This client has not read for so long that events were left out.
     EventsLost {
         /// How many.
@@ -44,15 +46,52 @@ pub struct DeviceEvent {
     pub device: String,
 }
 
+/// Data of `BLOCK_IO_ERROR`, in QEMU's shape.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockIoError {
+    /// The device.
+    pub device: String,
+    /// What the request was.
+    pub operation: IoOperationType,
+    /// What became of it.
+    pub action: BlockErrorAction,
+    /// Whether the medium has no space left.
+    pub nospace: bool,
+    /// What the medium said, for people.
+    pub reason: String,
+}
+
+/// What a request does to the medium, in QEMU's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IoOperationType {
+    /// It reads.
+    Read,
+    /// It writes, or changes what is allocated.
+    Write,
+}
+
+/// What becomes of a request that the medium has failed, in QEMU's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlockErrorAction {
+    /// The guest has been told.
+    Report,
+    /// It waits. Unlike QEMU, nothing else stops.
+    Stop,
+}
+
 impl Event {
     /// The names of all.
-    pub const NAMES: [&str; 7] = [
+    pub const NAMES: [&str; 8] = [
         "JOB_STATUS_CHANGE",
         "SNAPSHOT_SWITCHED",
         "SNAPSHOT_FROZEN",
         "SNAPSHOT_FAILED",
         "DEVICE_CONNECTED",
         "DEVICE_DISCONNECTED",
+        "BLOCK_IO_ERROR",
         "EVENTS_LOST",
     ];
 
@@ -75,6 +114,7 @@ impl Event {
             Self::SnapshotFailed(_) => "SNAPSHOT_FAILED",
             Self::DeviceConnected(_) => "DEVICE_CONNECTED",
             Self::DeviceDisconnected(_) => "DEVICE_DISCONNECTED",
+            Self::BlockIoError(_) => "BLOCK_IO_ERROR",
             Self::EventsLost { .. } => "EVENTS_LOST",
         }
     }
@@ -122,6 +162,16 @@ mod tests {
             (Event::SnapshotFailed(snapshot), written),
             (Event::DeviceConnected(device.clone()), json!({ "device": "vda" })),
             (Event::DeviceDisconnected(device), json!({ "device": "vda" })),
+            (
+                Event::BlockIoError(BlockIoError {
+                    device: "vda".to_owned(),
+                    operation: IoOperationType::Write,
+                    action: BlockErrorAction::Stop,
+                    nospace: true,
+                    reason: "full".to_owned(),
+                }),
+                json!({ "device": "vda", "operation": "write", "action": "stop", "nospace": true, "reason": "full" }),
+            ),
             (Event::EventsLost { count: 3 }, json!({ "count": 3 })),
         ];
         // All of them: the names that serde knows are in its complaint about another.

@@ -19,8 +19,11 @@ mod strict;
 mod time;
 
 pub use command::{Call, Command, Empty, NEGOTIATION, QueryCommands, QueryVersion, Quit, all_commands};
-pub use device::{CacheMode, DeviceAdd, DeviceInfo, DeviceList, DeviceOptionError, DeviceRemove, DeviceState, ImageFormat, NoSpacePolicy};
-pub use event::{DeviceEvent, Event, JobStatusChange};
+pub use device::{
+    BlockDeviceIoStatus, CacheMode, DeviceAdd, DeviceInfo, DeviceList, DeviceOptionError, DeviceRemove, DeviceResume, DeviceState,
+    ImageFormat, NoSpacePolicy,
+};
+pub use event::{BlockErrorAction, BlockIoError, DeviceEvent, Event, IoOperationType, JobStatusChange};
 pub use failure::{ErrorClass, Failure};
 pub use job::{JobCancel, JobInfo, JobStatus, QueryJobs};
 pub use message::{CommandInfo, Greeting, Incoming, Request, Timestamp, VersionInfo, VersionTriple, greeting, version};

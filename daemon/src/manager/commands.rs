@@ -71,6 +71,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 self.remove_device(&asked.name, asked.force).await?;
                 answer(Empty {})
             }
+            Command::DeviceResume(asked) => {
+                self.device(&asked.name).ok_or_else(|| Failure::no_device(&asked.name))?.resume();
+                answer(Empty {})
+            }
             Command::SnapshotCreate(asked) => answer(self.snapshot_create(asked).await?),
             Command::SnapshotList(_) => answer(self.snapshot_list().await?),
             Command::SnapshotShow(asked) => answer(self.snapshot_show(&asked.name).await?),

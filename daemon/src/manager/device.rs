@@ -4,7 +4,9 @@ use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use snapfence::protocol::{self, BlockNode, BlockNodeCache, BlockNodeImage, DeviceInfo, DeviceState, LayerInfo, LayerState, StackInfo};
+use snapfence::protocol::{
+    self, BlockDeviceIoStatus, BlockNode, BlockNodeCache, BlockNodeImage, DeviceInfo, DeviceState, LayerInfo, LayerState, StackInfo,
+};
 use snapfence_image_format::chain::ChainLayer;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::stack::Stack;
@@ -123,10 +125,27 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
                 CacheMode::Direct => protocol::CacheMode::Direct,
                 CacheMode::Buffered => protocol::CacheMode::Buffered,
             },
+            on_no_space: options.on_no_space,
             virtual_size: self.stack.virtual_size(),
             connected: self.is_connected(),
             depth: u32::try_from(depth).unwrap_or(u32::MAX),
             state: self.state(),
+            io_status: self.io_status(),
+        }
+    }
+
+    fn io_status(&self) -> BlockDeviceIoStatus {
+        match &*self.export.borrow() {
+            _ if self.stack.failure().is_some() => BlockDeviceIoStatus::Failed,
+            Some(export) if export.waits_for_space() => BlockDeviceIoStatus::Nospace,
+            _ => BlockDeviceIoStatus::Ok,
+        }
+    }
+
+    /// Lets requests that wait for space be tried at once.
+    pub(crate) fn resume(&self) {
+        if let Some(export) = &*self.export.borrow() {
+            export.resume();
         }
     }
 

@@ -62,6 +62,12 @@ pub trait Export: fmt::Debug + 'static {
     /// Whether a front-end is connected now.
     fn is_connected(&self) -> bool;
 
+    /// Whether requests wait for space.
+    fn waits_for_space(&self) -> bool;
+
+    /// Lets requests that wait for space be tried at once.
+    fn resume(&self);
+
     /// Ends the connection, drains the queues and removes the socket. When it ends nobody uses the stack any more.
     fn stop(self) -> impl Future<Output = ()>;
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use snapfence::protocol::{DeviceEvent, Event, NoSpacePolicy};
+use snapfence::protocol::{BlockErrorAction, BlockIoError, DeviceEvent, Event, IoOperationType};
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::UringEnvironment;
 
@@ -35,6 +35,7 @@ pub struct VhostHost {
 /// A device on its socket.
 pub struct VhostExport {
     server: Server,
+    device: Arc<Device<UringEnvironment>>,
     assignment: Assignment,
     workers: Rc<RefCell<Workers>>,
 }
@@ -67,7 +68,7 @@ impl Host<UringEnvironment> for VhostHost {
             read_only: options.read_only,
             queues: options.queues,
             queue_size: options.queue_size,
-            on_no_space: NoSpacePolicy::Hold,
+            on_no_space: options.on_no_space,
         };
         let device = Device::new(shown, Arc::clone(stack)).map_err(ExportError::new)?;
         device.cache().keep_in(self.choices.join(&options.name)).map_err(ExportError::new)?;
@@ -78,6 +79,16 @@ impl Host<UringEnvironment> for VhostHost {
             .borrow_mut()
             .assign(options.queues, domain)
             .map_err(|error| ExportError::new(format!("cannot start a queue thread: {error}")))?;
+        let (name, told) = (options.name.clone(), Arc::clone(events));
+        device.space().report_to(move |shortage| {
+            told(Event::BlockIoError(BlockIoError {
+                device: name.clone(),
+                operation: IoOperationType::Write,
+                action: if shortage.is_held { BlockErrorAction::Stop } else { BlockErrorAction::Report },
+                nospace: true,
+                reason: shortage.reason,
+            }));
+        });
         let (name, events) = (options.name.clone(), Arc::clone(events));
         let report = move |happened| {
             let device = DeviceEvent { device: name.clone() };
@@ -86,8 +97,8 @@ impl Host<UringEnvironment> for VhostHost {
                 ConnectionEvent::Disconnected => Event::DeviceDisconnected(device),
             });
         };
-        match Server::start(device, listening, handles, report) {
-            Ok(server) => Ok(VhostExport { server, assignment, workers: Rc::clone(&self.workers) }),
+        match Server::start(Arc::clone(&device), listening, handles, report) {
+            Ok(server) => Ok(VhostExport { server, device, assignment, workers: Rc::clone(&self.workers) }),
             Err(error) => {
                 self.workers.borrow_mut().give_back(assignment);
                 Err(ExportError::new(format!("cannot serve socket {}: {error}", socket.display())))
@@ -184,8 +195,17 @@ impl Export for VhostExport {
         self.server.is_connected()
     }
 
+    fn waits_for_space(&self) -> bool {
+        self.device.space().held() > 0
+    }
+
+    fn resume(&self) {
+        self.device.space().resume();
+    }
+
     async fn stop(self) {
-        let Self { server, assignment, workers } = self;
+        let Self { server, device, assignment, workers } = self;
+        drop(device);
         server.begin_stop();
         if let Err(error) = offload("stop device", move || drop(server)).await {
             tracing::warn!(event = "stop_failed", %error, "a device could not be stopped in good order");

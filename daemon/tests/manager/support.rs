@@ -116,6 +116,12 @@ impl Export for FakeExport {
         self.connected.get()
     }
 
+    fn waits_for_space(&self) -> bool {
+        false
+    }
+
+    fn resume(&self) {}
+
     async fn stop(self) {
         self.queues.borrow_mut().remove(&self.name);
     }
