@@ -5,6 +5,8 @@
 mod common;
 #[path = "simulated_queue/no_space.rs"]
 mod no_space;
+#[path = "simulated_queue/space_faults.rs"]
+mod space_faults;
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;
