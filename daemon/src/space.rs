@@ -74,10 +74,14 @@ impl Space {
         self.resumed.notify_all();
     }
 
-    /// Ends with the next [`resume`](Self::resume).
-    pub(crate) async fn resumption(&self) {
-        let before = self.resumptions.load(Ordering::Acquire);
-        self.resumed.wait_until(|| (self.resumptions.load(Ordering::Acquire) != before).then_some(())).await;
+    /// How often somebody has called to go on. To be asked before a request is tried, so that no call is missed by those that fail.
+    pub(crate) fn resumptions(&self) -> u64 {
+        self.resumptions.load(Ordering::Acquire)
+    }
+
+    /// Ends when somebody has called to go on since there were `before` calls.
+    pub(crate) async fn resumed_since(&self, before: u64) {
+        self.resumed.wait_until(|| (self.resumptions() != before).then_some(())).await;
     }
 
     /// A request is held from now on, until what this returns is dropped.

@@ -558,6 +558,7 @@ async fn without_space<E: Environment>(
         return (Err(error), view);
     }
     let held = space.hold();
+    let mut resumptions = space.resumptions();
     loop {
         if ledger.gives_up() {
             return (Err(error), view);
@@ -567,7 +568,7 @@ async fn without_space<E: Environment>(
         drop(view);
         ledger.bytes_in_flight.update(|before| before - bytes);
         ledger.held.update(|before| before + 1);
-        wait_for_space(device, ledger).await;
+        wait_for_space(device, ledger, resumptions).await;
         ledger.held.update(|before| before - 1);
         ledger.bytes_in_flight.update(|before| before + bytes);
         // The newest: the one before may have been cut, and its layer may not change any more. Nothing of the request has been seen yet.
@@ -575,6 +576,7 @@ async fn without_space<E: Environment>(
         if ledger.gives_up() {
             return (Err(error), view);
         }
+        resumptions = space.resumptions();
         match request.serve(&view, device.serial(), device.cache()).await {
             Err(again) if device.lacks_space(&again) => error = again,
             outcome => return (outcome, view),
@@ -582,11 +584,11 @@ async fn without_space<E: Environment>(
     }
 }
 
-/// Ends when a held request is to be tried again, or given up.
-async fn wait_for_space<E: Environment>(device: &Device<E>, ledger: &Ledger) {
+/// Ends when a held request is to be tried again, or given up. `resumptions`: as there were when it was tried last.
+async fn wait_for_space<E: Environment>(device: &Device<E>, ledger: &Ledger, resumptions: u64) {
     let environment = device.stack().environment();
     let time = std::pin::pin!(environment.sleep_until(environment.now() + RETRY_AFTER));
-    let resumption = std::pin::pin!(device.space().resumption());
+    let resumption = std::pin::pin!(device.space().resumed_since(resumptions));
     let end = std::pin::pin!(ledger.changed.wait_until(|| ledger.gives_up().then_some(())));
     select(select(time, resumption), end).await;
     ledger.changed.wait_until(|| (ledger.gives_up() || ledger.has_room()).then_some(())).await;
