@@ -27,5 +27,6 @@ pub mod server;
 pub mod snapshot;
 pub mod socket;
 pub mod space;
+mod tasks;
 pub mod vring;
 pub mod worker;

@@ -92,14 +92,16 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         }
     }
 
+    /// Ends after `limit`, in steps: time in which this process stood still with everything else is not counted.
+    pub(crate) async fn patience(&self, limit: Duration) {
+        for _ in 0..limit.as_millis() / PATIENCE_STEP.as_millis() {
+            self.environment.sleep_until(self.environment.now() + PATIENCE_STEP).await;
+        }
+    }
+
     /// The end of `work`, or `None` if that takes longer than anybody waits.
     async fn in_patience<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        // In steps: time in which this process stood still with everything else is not counted.
-        let limit = async {
-            for _ in 0..PATIENCE.as_millis() / PATIENCE_STEP.as_millis() {
-                self.environment.sleep_until(self.environment.now() + PATIENCE_STEP).await;
-            }
-        };
+        let limit = self.patience(PATIENCE);
         match select(std::pin::pin!(work), std::pin::pin!(limit)).await {
             Either::Left((value, _)) => Some(value),
             Either::Right(_) => None,

@@ -93,6 +93,13 @@ impl Place {
     pub async fn wait_first(&self) {
         self.lines.changed.wait_until(|| self.is_first().then_some(())).await;
     }
+
+    /// The devices that another has the turn of, and which other it is. None if it is this place's turn.
+    pub fn blockers(&self) -> Vec<(String, u64)> {
+        let state = self.lines.state.borrow();
+        let devices = state.waiting.get(&self.ticket).map(Vec::as_slice).unwrap_or_default();
+        devices.iter().filter_map(|device| Some((device.clone(), *state.held.get(device)?))).collect()
+    }
 }
 
 impl Drop for Place {
@@ -120,6 +127,8 @@ mod tests {
         let other = lines.enter(["d"]);
         assert_eq!([first.is_first(), second.is_first(), third.is_first(), other.is_first()], [true, false, true, true]);
         assert_eq!((lines.length("b"), lines.length("c"), lines.busy().len()), (2, 2, 4));
+        let blockers = [first.blockers(), second.blockers()];
+        assert_eq!(blockers, [vec![], vec![("b".to_owned(), first.ticket), ("c".to_owned(), third.ticket)]]);
         drop(first);
         assert!(!second.is_first(), "the third has passed it, and is not interrupted");
         drop(third);

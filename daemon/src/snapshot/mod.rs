@@ -3,6 +3,7 @@
 mod admit;
 mod line;
 pub(crate) mod overlay;
+mod prepare;
 mod progress;
 mod run;
 

@@ -40,6 +40,8 @@ pub(crate) struct Others<'a> {
     pub(crate) protected: &'a dyn Protection,
     /// Where the overlay keeps what must not be lost with the daemon.
     pub(crate) keeper: &'a Arc<dyn MemoryKeeper>,
+    /// Whether anybody waits for the overlay any more: if not, no further file is made.
+    pub(crate) wanted: &'a dyn Fn() -> bool,
 }
 
 /// An overlay that only needs to be published.
@@ -85,6 +87,9 @@ pub enum OverlayCause {
     /// It is there although it is to be made.
     #[error("it exists already; choose another name, or use it as it is (without creating it)")]
     Exists,
+    /// The snapshot has failed meanwhile.
+    #[error("it came too late")]
+    TooLate,
     /// Somebody has put another file in the place of the one that was made.
     #[error("another file has taken its place while it was being made")]
     Replaced,
@@ -181,7 +186,7 @@ pub(crate) async fn prepare<E: Environment>(
     let path = &location.path();
     let created = match wanted {
         Overlay::Existing(_) => None,
-        Overlay::Create | Overlay::CreateAt(_) => Some(create(environment, below, path, &location).await.map_err(failed)?),
+        Overlay::Create | Overlay::CreateAt(_) => Some(create(environment, below, path, &location, others.wanted).await.map_err(failed)?),
     };
     match adopt(environment, below, path, &location, created, others).await {
         Ok((identity, image)) => {
@@ -233,7 +238,14 @@ async fn remove<E: Environment>(environment: &E, location: &Location, identity: 
 ///
 /// Giving a file a name would replace another file of that name, whoever has made that in the meantime; only making a file is refused then. So an
 /// empty one is made first, in whose place the image comes at once.
-async fn create<E: Environment>(environment: &E, below: &Below, path: &Path, location: &Location) -> Result<FileIdentity, OverlayCause> {
+async fn create<E: Environment>(
+    environment: &E,
+    below: &Below,
+    path: &Path,
+    location: &Location,
+    wanted: &dyn Fn() -> bool,
+) -> Result<FileIdentity, OverlayCause> {
+    let still_wanted = || if wanted() { Ok(()) } else { Err(OverlayCause::TooLate) };
     let make = |action| move |source| OverlayCause::Make { action, source };
     let name = path.file_name().unwrap_or_default();
     let temporary_name = format!(".{}.{:08x}", name.to_string_lossy(), environment.random() & 0xffff_ffff);
@@ -245,6 +257,7 @@ async fn create<E: Environment>(environment: &E, below: &Below, path: &Path, loc
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(source) => return Err(OverlayCause::Make { action: "look for the file", source }),
     }
+    still_wanted()?;
     let temporary = below.allowed.locate(&path.with_file_name(temporary_name))?;
     let file = environment.open(&temporary, Access::CreateNew, below.cache).await.map_err(make("create the file"))?;
     let identity = file.identity();
@@ -252,6 +265,7 @@ async fn create<E: Environment>(environment: &E, below: &Below, path: &Path, loc
         let options = CreateOptions::overlay(below.virtual_size, backing_name(&below.record.path, path), below.record.format.name());
         Qcow2::<E>::create(&file, &options).await?;
         file.flush().await.map_err(make("flush the file"))?;
+        still_wanted()?;
         let place = environment.open(location, Access::CreateNew, below.cache).await.map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => OverlayCause::Exists,
             _ => OverlayCause::Make { action: "create the file", source: error },

@@ -9,7 +9,7 @@
 //! Up to the intent everything can be undone and nothing is remembered. From the switch on the overlays are where the guests write, whatever else
 //! happens; only the snapshot can still fail.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,15 +19,18 @@ use snapfence::protocol::{Event, Failure, JobInfo, LayerState, Moment, SnapshotI
 use snapfence_image_format::stack::{FenceMember, FenceOutcome, FenceTimes, View};
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
 
-use super::overlay::{self, Below, Others, OverlayCause, OverlayError, Prepared};
+use super::overlay::{self, OverlayError, Prepared};
 use super::progress::{Progress, Recorded, info_of};
-use super::{Asked, Overlay, Place, Refusal, admit};
+use super::{Asked, Place, Refusal, admit};
 use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
-use crate::jobs::JobError;
-use crate::manager::{Beneath, BeneathError, Device, DeviceLayer, Host, Manager};
+use crate::jobs::{Job, JobError};
+use crate::manager::{BeneathError, Device, DeviceLayer, Host, Manager};
 
 /// Steps of a snapshot's job: prepared, intended, switched, frozen.
 const STEPS: u64 = 4;
+
+/// How long one snapshot waits for one other of the same device: longer than disks take to make durable what they have, if they do at all.
+const LINE_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long the catalogue is left alone before it is asked again to record what it could not.
 const CORRECTION_INTERVAL: Duration = Duration::from_secs(1);
@@ -57,9 +60,13 @@ impl From<StartError> for Failure {
 
 /// Why a snapshot came to nothing, or does not count.
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+pub(super) enum RunError {
     #[error("it was cancelled")]
     Cancelled,
+    #[error("the overlays are not ready in time, because what lies beneath them does not answer: device {0}")]
+    NotReady(String),
+    #[error("device '{0}': an earlier snapshot of it has not come to its end within {limit} s", limit = LINE_LIMIT.as_secs())]
+    InLine(String),
     #[error("device '{0}' has been removed meanwhile")]
     DeviceGone(String),
     #[error("the overlay {0} is named twice")]
@@ -94,11 +101,11 @@ enum RunError {
 }
 
 /// One device while it is being cut.
-struct Cut<E: Environment, H: Host<E>> {
-    device: Rc<Device<E, H>>,
+pub(super) struct Cut<E: Environment, H: Host<E>> {
+    pub(super) device: Rc<Device<E, H>>,
     /// The layer that is being covered.
-    old: DeviceLayer<E>,
-    overlay: Prepared<E>,
+    pub(super) old: DeviceLayer<E>,
+    pub(super) overlay: Prepared<E>,
 }
 
 /// One device after the switch.
@@ -181,15 +188,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
 
     async fn take_snapshot(self: &Rc<Self>, asked: Asked, deadline_ms: u64, progress: &Progress, place: &Place) -> Result<(), RunError> {
         let job = &progress.job;
-        let cancelled = {
-            let (turn, cancelled) = (std::pin::pin!(place.wait_first()), std::pin::pin!(job.wait_cancelled()));
-            matches!(select(turn, cancelled).await, Either::Right(_))
-        };
-        if cancelled {
-            return Err(RunError::Cancelled);
-        }
+        self.wait_in_line(place, job).await?;
         job.run();
-        let cuts = self.prepare(&asked).await?;
+        let cuts = self.prepare(&asked, job).await?;
         job.step();
         if !job.seal() {
             self.undo(cuts).await;
@@ -223,87 +224,23 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         result
     }
 
-    /// Gets the overlays of all members ready, at the same time. All or none.
-    async fn prepare(self: &Rc<Self>, asked: &Asked) -> Result<Vec<Cut<E, H>>, RunError> {
-        let mut paths: Vec<PathBuf> = Vec::new();
-        let mut plans = Vec::new();
-        for member in &asked.members {
-            let gone = || RunError::DeviceGone(member.device.clone());
-            let device = self.device(&member.device).ok_or_else(gone)?;
-            let old = device.top();
-            let path = match member.overlay.path() {
-                Some(path) => self.real_path(path).await.map_err(|source| RunError::Directory {
-                    device: member.device.clone(),
-                    path: path.to_owned(),
-                    source,
-                })?,
-                None => {
-                    let path = overlay::path_beside(&old.record.path, device.made_by().as_deref(), &asked.name);
-                    // Two disks of one directory may differ in their extension only.
-                    if paths.contains(&path) { path.with_file_name(format!("{}.{}.qcow2", member.device, asked.name)) } else { path }
+    /// Waits for the turn of `place`. An earlier snapshot that does not come to its end is not waited for without end.
+    async fn wait_in_line(&self, place: &Place, job: &Job) -> Result<(), RunError> {
+        let stuck = async {
+            loop {
+                let before = place.blockers();
+                self.patience(LINE_LIMIT).await;
+                if let Some((device, _)) = place.blockers().into_iter().find(|blocker| before.contains(blocker)) {
+                    return device;
                 }
-            };
-            if paths.contains(&path) {
-                return Err(RunError::OverlayTwice(path));
             }
-            paths.push(path.clone());
-            plans.push((device, old, path, member.overlay.clone()));
-        }
-        // What was made just now nobody can depend on.
-        let found = asked.members.iter().any(|member| matches!(member.overlay, Overlay::Existing(_)));
-        let protected = if found { self.beneath().await? } else { Beneath::default() };
-        let one = |(device, old, path, wanted)| self.prepare_one(device, old, path, wanted, &protected);
-        let prepared = join_all(plans.into_iter().map(one)).await;
-        let mut cuts = Vec::new();
-        let mut first_error = None;
-        for result in prepared {
-            match result {
-                Ok(cut) => cuts.push(cut),
-                Err(error) => first_error = first_error.or(Some(error)),
-            }
-        }
-        match first_error {
-            None => Ok(cuts),
-            Some(error) => {
-                self.undo(cuts).await;
-                Err(error)
-            }
-        }
-    }
-
-    async fn prepare_one(
-        self: &Rc<Self>,
-        device: Rc<Device<E, H>>,
-        old: DeviceLayer<E>,
-        path: PathBuf,
-        wanted: Overlay,
-        protected: &Beneath,
-    ) -> Result<Cut<E, H>, RunError> {
-        let failed = |source| RunError::Overlay { device: device.name().to_owned(), source };
-        let unusable = |source| RunError::Directory { device: device.name().to_owned(), path: path.clone(), source };
-        let made = !matches!(wanted, Overlay::Existing(_));
-        if made && !(wanted == Overlay::Create && old.identity.is_block_device()) {
-            let directory = path.parent().unwrap_or(Path::new("/"));
-            if self.host.is_for_devices(directory).await.map_err(unusable)? {
-                return Err(failed(OverlayError { path: path.clone(), cause: OverlayCause::AmongDevices(directory.to_owned()) }));
-            }
-        }
-        let below = Below {
-            record: old.record.clone(),
-            identity: old.identity,
-            virtual_size: device.stack.virtual_size(),
-            allowed: self.allowed_around(device.paths()).await.map_err(unusable)?,
-            cache: device.options.cache,
         };
-        let others = Others { serving: &|identity| self.device_with_layer(identity), protected, keeper: &self.keeper };
-        match overlay::prepare(&self.environment, &below, &path, &wanted, &others).await {
-            Err(source) => Err(failed(source)),
-            Ok(overlay) => Ok(Cut { device, old, overlay }),
+        let (cancelled, stuck) = (std::pin::pin!(job.wait_cancelled()), std::pin::pin!(stuck));
+        match select(std::pin::pin!(place.wait_first()), select(cancelled, stuck)).await {
+            Either::Left(_) => Ok(()),
+            Either::Right((Either::Left(_), _)) => Err(RunError::Cancelled),
+            Either::Right((Either::Right((device, _)), _)) => Err(RunError::InLine(device)),
         }
-    }
-
-    async fn undo(&self, cuts: Vec<Cut<E, H>>) {
-        join_all(cuts.into_iter().map(|cut| overlay::discard(&self.environment, cut.overlay))).await;
     }
 
     /// Leaves overlays where they are, closed: perhaps the next start puts them on top, which changes nothing, because they are empty.

@@ -132,6 +132,65 @@ fn a_disk_that_hangs_delays_only_its_own_snapshot() {
 }
 
 #[test]
+fn a_group_with_a_file_server_that_hangs_fails_and_lets_the_others_go() {
+    use OperationKind::{Create, Flush, FlushDirectory, Open, Read, Rename, Write};
+    // Wherever the making of the overlay is held up; and where the operation that hangs changes nothing any more, when it ends at last.
+    for (seed, kind) in (120..).zip([Open, Create, Read, Write, Flush, Rename, FlushDirectory]) {
+        let mut simulation = Simulation::new(seed);
+        let environment = simulation.environment().clone();
+        simulation.block_on(async move {
+            let world = world_with(&environment, &["vda"]).await;
+            world.create("/slow/vdb.qcow2", &CreateOptions::standalone(DISK)).await;
+            world.serve("name=vdb,image=/slow/vdb.qcow2,format=qcow2,socket=/run/vdb").await.expect("served");
+            for device in ["vda", "vdb"] {
+                world.write(device, 0, 1).await;
+            }
+            let before = world.files();
+            // Temporary names are not known, so all of the overlay's directory hangs: what else is done meanwhile is done elsewhere.
+            let hang = Fault::lasting(kind, 0).beneath("/slow").with(FaultEffect::Hang);
+            environment.inject(hang);
+            let group = world.begin("snapshot-create", create("group", &["vda", "vdb"], 1000));
+            let behind = world.begin("snapshot-create", create("behind", &["vda"], 1000));
+            let refused = group.wait().await.expect_err("it hangs").desc;
+            let expected = "snapshot 'group' failed: the overlays are not ready in time, because what lies beneath them does not answer: \
+                            device 'vdb'";
+            assert_eq!(refused, expected, "{kind:?}");
+            behind.wait().await.expect("nothing holds vda back");
+            assert_eq!(world.settled("behind").await["state"], "frozen");
+            assert_eq!(world.layers("vda").await, ["/vm/vda.behind.qcow2", "/vm/vda.qcow2"]);
+            assert!(!world.files().contains(&"/vm/vda.group.qcow2".to_owned()), "{kind:?}: what was ready is undone");
+            environment.clear_faults();
+            environment.release_hung();
+            let own = |files: Vec<String>| files.into_iter().filter(|file| file.starts_with("/slow")).collect::<Vec<_>>();
+            world.until("nothing is left", async || own(world.files()) == own(before.clone())).await;
+            assert_eq!(world.done("snapshot-show", json!({ "name": "behind" })).await["state"], "frozen");
+            assert!(world.ask("snapshot-show", json!({ "name": "group" })).await.is_err(), "{kind:?}: no late success");
+            assert_eq!(world.layers("vdb").await, ["/slow/vdb.qcow2"]);
+            assert_eq!(world.snapshot("group", &["vda", "vdb"]).await["state"], "frozen", "{kind:?}: name and devices are free");
+            assert_eq!([world.read("vda", 1).await, world.read("vdb", 1).await], [[1], [1]]);
+            world.manager.stop().await.expect("everything is durable");
+        });
+    }
+}
+
+#[test]
+fn who_waits_in_line_behind_a_snapshot_that_does_not_end_is_told() {
+    let mut simulation = Simulation::new(121);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        environment.inject(Fault::once(OperationKind::Flush, 0).on("/vm/vda.qcow2").with(FaultEffect::Hang));
+        world.done("snapshot-create", create("slow", &["vda"], 1000)).await;
+        let refused = world.ask("snapshot-create", create("next", &["vda", "vdb"], 1000)).await.expect_err("it does not end").desc;
+        assert_eq!(refused, "snapshot 'next' failed: device 'vda': an earlier snapshot of it has not come to its end within 60 s");
+        assert_eq!(world.snapshot("other", &["vdb"]).await["state"], "frozen");
+        environment.release_hung();
+        assert_eq!(world.settled("slow").await["state"], "frozen");
+        assert_eq!(world.snapshot("next", &["vda", "vdb"]).await["state"], "frozen");
+    });
+}
+
+#[test]
 fn past_the_deadline_the_snapshot_has_failed_and_the_disk_goes_on() {
     let mut simulation = Simulation::new(13);
     let environment = simulation.environment().clone();
@@ -182,10 +241,10 @@ fn a_snapshot_can_be_cancelled_until_it_is_recorded() {
         }
         let refused = waiting.wait().await.expect_err("cancelled").desc;
         assert_eq!(refused, "snapshot 's2' failed: it was cancelled");
-        environment.release_hung();
         let refused = preparing.wait().await.expect_err("cancelled").desc;
-        assert_eq!(refused, "snapshot 's1' failed: it was cancelled");
-        assert_eq!(world.files(), before, "nothing is left");
+        assert_eq!(refused, "snapshot 's1' failed: it was cancelled", "the disk is not waited for");
+        environment.release_hung();
+        world.until("nothing is left", async || world.files() == before).await;
         assert_eq!(world.done("snapshot-list", json!({})).await, json!([]));
         // Afterwards it is too late.
         world.occupy("vda");

@@ -59,6 +59,8 @@ pub struct Fault {
     pub kind: Option<OperationKind>,
     /// Operations on this file or directory only (the path under which a file was opened); `None`: on any.
     pub path: Option<PathBuf>,
+    /// Operations on this directory and all beneath it only; `None`: anywhere.
+    pub directory: Option<PathBuf>,
     /// How many such operations pass unharmed first.
     pub after: u64,
     /// Whether all later ones fail too, or only one.
@@ -79,7 +81,7 @@ pub enum FaultEffect {
 impl Fault {
     /// The operation of this kind after `after` others ends with an I/O error, once.
     pub fn once(kind: OperationKind, after: u64) -> Self {
-        Self { kind: Some(kind), path: None, after, lasting: false, effect: FaultEffect::Error(libc::EIO) }
+        Self { kind: Some(kind), path: None, directory: None, after, lasting: false, effect: FaultEffect::Error(libc::EIO) }
     }
 
     /// As [`once`](Self::once), and all later ones of the kind too.
@@ -91,6 +93,12 @@ impl Fault {
     #[must_use]
     pub fn on(self, path: impl Into<PathBuf>) -> Self {
         Self { path: Some(path.into()), ..self }
+    }
+
+    /// Narrows it to a directory and all beneath it.
+    #[must_use]
+    pub fn beneath(self, directory: impl Into<PathBuf>) -> Self {
+        Self { directory: Some(directory.into()), ..self }
     }
 
     /// Another effect.
@@ -117,7 +125,9 @@ impl Faults {
     pub(super) fn meet(&mut self, kind: OperationKind, path: &Path) -> Option<FaultEffect> {
         let mut effect = None;
         self.0.retain_mut(|fault| {
-            let matches = fault.kind.is_none_or(|of| of == kind) && fault.path.as_deref().is_none_or(|of| of == path);
+            let is_there =
+                fault.path.as_deref().is_none_or(|of| of == path) && fault.directory.as_deref().is_none_or(|of| path.starts_with(of));
+            let matches = fault.kind.is_none_or(|of| of == kind) && is_there;
             if !matches {
                 return true;
             }
@@ -163,6 +173,9 @@ mod tests {
         assert!(!meet(OperationKind::Read, "/a"));
         assert!(meet(OperationKind::Write, "/a"));
         assert!(!meet(OperationKind::Write, "/a"));
+        faults.add(Fault::once(OperationKind::Read, 0).beneath("/d"));
+        assert!(faults.meet(OperationKind::Read, Path::new("/dd")).is_none());
+        assert!(faults.meet(OperationKind::Read, Path::new("/d/e")).is_some());
         faults.add(Fault::lasting(OperationKind::Flush, 0));
         assert!(faults.meet(OperationKind::Flush, Path::new("/b")).is_some());
         assert!(faults.meet(OperationKind::Flush, Path::new("/b")).is_some());

@@ -1,0 +1,205 @@
+//! Getting the overlays of a group ready, all or none, for so long and no longer.
+//!
+//! A disk or file server that hangs may never end what was asked of it. So files are made and opened in tasks that nobody has to wait for: past the
+//! limit, or when the job is cancelled, the snapshot has failed, the members that are ready are undone at once, and the others undo themselves
+//! whenever they get so far. Nothing of what such a task does can become part of a snapshot any more.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::future::{Either, join_all, select};
+use snapfence_image_format::storage::Environment;
+
+use super::overlay::{self, Below, Others, OverlayCause, OverlayError};
+use super::run::{Cut, RunError};
+use super::{Asked, MAX_DEADLINE_MS, Member, Overlay};
+use crate::jobs::Job;
+use crate::manager::{Beneath, Device, DeviceLayer, Host, Manager};
+use crate::tasks::Tasks;
+
+/// How long it may take to get the overlays of a group ready. The guests notice nothing of it, so it is not the deadline of the fence, which disks
+/// under load would break time and again; but neither is it longer than the longest of those.
+const PREPARE_LIMIT: Duration = Duration::from_millis(MAX_DEADLINE_MS);
+/// How long a snapshot that has failed waits for its files to be gone. Whoever tries again at once finds none in the way, and a disk that hangs
+/// keeps nobody waiting.
+const UNDO_LIMIT: Duration = Duration::from_secs(2);
+
+/// The overlays of one group on their way.
+struct Preparation<E: Environment, H: Host<E>> {
+    /// Nobody wants them any more.
+    abandoned: Cell<bool>,
+    /// Devices that a task is waiting for.
+    awaited: RefCell<BTreeSet<String>>,
+    /// What is ready, by its place in the group.
+    ready: RefCell<Vec<(usize, Cut<E, H>)>>,
+    first_error: RefCell<Option<RunError>>,
+    tasks: Rc<Tasks>,
+}
+
+/// What is to be done for one member.
+struct Plan<E: Environment, H: Host<E>> {
+    device: Rc<Device<E, H>>,
+    old: DeviceLayer<E>,
+    path: PathBuf,
+    wanted: Overlay,
+}
+
+impl<E: Environment, H: Host<E>> Preparation<E, H> {
+    fn new(ready: Vec<(usize, Cut<E, H>)>) -> Rc<Self> {
+        Rc::new(Self {
+            abandoned: Cell::new(false),
+            awaited: RefCell::default(),
+            ready: RefCell::new(ready),
+            first_error: RefCell::default(),
+            tasks: Rc::default(),
+        })
+    }
+
+    /// Runs `work` on behalf of `device`.
+    async fn awaiting<T>(&self, device: &str, work: impl Future<Output = T>) -> T {
+        self.awaited.borrow_mut().insert(device.to_owned());
+        let value = work.await;
+        self.awaited.borrow_mut().remove(device);
+        value
+    }
+}
+
+impl<E: Environment, H: Host<E>> Manager<E, H> {
+    /// Gets the overlays of all members ready, at the same time. All or none.
+    ///
+    /// # Errors
+    /// What is wrong with the first overlay that is not possible; or which ones are not ready within [`PREPARE_LIMIT`].
+    pub(super) async fn prepare(self: &Rc<Self>, asked: &Asked, job: &Job) -> Result<Vec<Cut<E, H>>, RunError> {
+        let preparation = Preparation::new(Vec::new());
+        let (manager, begun, wanted) = (Rc::clone(self), Rc::clone(&preparation), asked.clone());
+        preparation.tasks.spawn(&self.environment, async move {
+            if let Err(error) = manager.begin_members(&wanted, &begun).await {
+                begun.first_error.borrow_mut().get_or_insert(error);
+            }
+        });
+        let (cancelled, limit) = (std::pin::pin!(job.wait_cancelled()), std::pin::pin!(self.patience(PREPARE_LIMIT)));
+        let error = match select(std::pin::pin!(preparation.tasks.all_ended()), select(cancelled, limit)).await {
+            Either::Left(_) => {
+                let Some(error) = preparation.first_error.take() else {
+                    let mut ready = preparation.ready.take();
+                    ready.sort_by_key(|(at, _)| *at);
+                    return Ok(ready.into_iter().map(|(_, cut)| cut).collect());
+                };
+                error
+            }
+            Either::Right((Either::Left(_), _)) => RunError::Cancelled,
+            Either::Right((Either::Right(_), _)) => {
+                let awaited = preparation.awaited.borrow().iter().map(|device| format!("'{device}'")).collect::<Vec<_>>();
+                RunError::NotReady(awaited.join(", "))
+            }
+        };
+        self.abandon(&preparation).await;
+        Err(error)
+    }
+
+    /// Takes back what was prepared; a disk that hangs is not waited for.
+    pub(super) async fn undo(self: &Rc<Self>, cuts: Vec<Cut<E, H>>) {
+        self.abandon(&Preparation::new(cuts.into_iter().enumerate().collect())).await;
+    }
+
+    async fn abandon(self: &Rc<Self>, preparation: &Rc<Preparation<E, H>>) {
+        preparation.abandoned.set(true);
+        for (_, cut) in preparation.ready.take() {
+            let (environment, state) = (self.environment.clone(), Rc::clone(preparation));
+            preparation.tasks.spawn(&self.environment, async move {
+                state.awaiting(cut.device.name(), overlay::discard(&environment, cut.overlay)).await;
+            });
+        }
+        let limit = self.patience(UNDO_LIMIT);
+        if let Either::Right(_) = select(std::pin::pin!(preparation.tasks.all_ended()), std::pin::pin!(limit)).await {
+            tracing::error!(
+                event = "overlay_abandoned", devices = ?preparation.awaited.borrow(),
+                "the files of these devices do not answer; what was begun there is removed when they do"
+            );
+        }
+    }
+
+    /// Finds out where the overlays shall be, and begins to make and open them.
+    async fn begin_members(self: &Rc<Self>, asked: &Asked, preparation: &Rc<Preparation<E, H>>) -> Result<(), RunError> {
+        let given = asked.members.iter().map(|member| preparation.awaiting(&member.device, self.given_path(member)));
+        let given = join_all(given).await.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let mut paths: Vec<PathBuf> = Vec::new();
+        let mut plans = Vec::new();
+        for (member, given) in asked.members.iter().zip(given) {
+            let device = self.device(&member.device).ok_or_else(|| RunError::DeviceGone(member.device.clone()))?;
+            let old = device.top();
+            let path = given.unwrap_or_else(|| {
+                let path = overlay::path_beside(&old.record.path, device.made_by().as_deref(), &asked.name);
+                // Two disks of one directory may differ in their extension only.
+                if paths.contains(&path) { path.with_file_name(format!("{}.{}.qcow2", member.device, asked.name)) } else { path }
+            });
+            if paths.contains(&path) {
+                return Err(RunError::OverlayTwice(path));
+            }
+            paths.push(path.clone());
+            plans.push(Plan { device, old, path, wanted: member.overlay.clone() });
+        }
+        // What was made just now nobody can depend on.
+        let found = asked.members.iter().any(|member| matches!(member.overlay, Overlay::Existing(_)));
+        let protected = Rc::new(if found { self.beneath().await? } else { Beneath::default() });
+        if preparation.abandoned.get() {
+            return Ok(());
+        }
+        for (at, plan) in plans.into_iter().enumerate() {
+            let (manager, state, protected) = (Rc::clone(self), Rc::clone(preparation), Rc::clone(&protected));
+            preparation.tasks.spawn(&self.environment, async move {
+                let name = plan.device.name().to_owned();
+                let member = async {
+                    match manager.prepare_one(plan, &protected, &|| !state.abandoned.get()).await {
+                        Err(error) => drop(state.first_error.borrow_mut().get_or_insert(error)),
+                        Ok(cut) if state.abandoned.get() => overlay::discard(&manager.environment, cut.overlay).await,
+                        Ok(cut) => state.ready.borrow_mut().push((at, cut)),
+                    }
+                };
+                state.awaiting(&name, member).await;
+            });
+        }
+        Ok(())
+    }
+
+    /// The path of an overlay, where it was given.
+    async fn given_path(&self, member: &Member) -> Result<Option<PathBuf>, RunError> {
+        let Some(path) = member.overlay.path() else { return Ok(None) };
+        let real = self.real_path(path).await;
+        real.map(Some).map_err(|source| RunError::Directory { device: member.device.clone(), path: path.to_owned(), source })
+    }
+
+    async fn prepare_one(
+        self: &Rc<Self>,
+        plan: Plan<E, H>,
+        protected: &Beneath,
+        wanted_still: &dyn Fn() -> bool,
+    ) -> Result<Cut<E, H>, RunError> {
+        let Plan { device, old, path, wanted } = plan;
+        let failed = |source| RunError::Overlay { device: device.name().to_owned(), source };
+        let unusable = |source| RunError::Directory { device: device.name().to_owned(), path: path.clone(), source };
+        let made = !matches!(wanted, Overlay::Existing(_));
+        if made && !(wanted == Overlay::Create && old.identity.is_block_device()) {
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            if self.host.is_for_devices(directory).await.map_err(unusable)? {
+                return Err(failed(OverlayError { path: path.clone(), cause: OverlayCause::AmongDevices(directory.to_owned()) }));
+            }
+        }
+        let below = Below {
+            record: old.record.clone(),
+            identity: old.identity,
+            virtual_size: device.stack.virtual_size(),
+            allowed: self.allowed_around(device.paths()).await.map_err(unusable)?,
+            cache: device.options.cache,
+        };
+        let serving = |identity| self.device_with_layer(identity);
+        let others = Others { serving: &serving, protected, keeper: &self.keeper, wanted: wanted_still };
+        match overlay::prepare(&self.environment, &below, &path, &wanted, &others).await {
+            Err(source) => Err(failed(source)),
+            Ok(overlay) => Ok(Cut { device, old, overlay }),
+        }
+    }
+}
