@@ -94,6 +94,16 @@ impl Place {
         self.lines.changed.wait_until(|| self.is_first().then_some(())).await;
     }
 
+    /// Gives up the turn of all devices but these.
+    pub fn keep_only(&self, devices: &BTreeSet<String>) {
+        {
+            let mut state = self.lines.state.borrow_mut();
+            state.held.retain(|device, ticket| *ticket != self.ticket || devices.contains(device));
+            state.advance();
+        }
+        self.lines.changed.notify_all();
+    }
+
     /// The devices that another has the turn of, and which other it is. None if it is this place's turn.
     pub fn blockers(&self) -> Vec<(String, u64)> {
         let state = self.lines.state.borrow();
@@ -147,6 +157,17 @@ mod tests {
         drop(first);
         assert_eq!([second.is_first(), third.is_first(), fourth.is_first()], [true, false, true]);
         drop((second, fourth));
+        assert!(third.is_first());
+    }
+
+    #[test]
+    fn a_turn_can_be_given_up_in_part() {
+        let lines = Rc::new(Lines::default());
+        let first = lines.enter(["a", "b"]);
+        let (second, third) = (lines.enter(["a"]), lines.enter(["b"]));
+        first.keep_only(&["b".to_owned()].into());
+        assert_eq!([second.is_first(), third.is_first()], [true, false]);
+        drop(first);
         assert!(third.is_first());
     }
 

@@ -9,6 +9,8 @@
 //! Up to the intent everything can be undone and nothing is remembered. From the switch on the overlays are where the guests write, whatever else
 //! happens; only the snapshot can still fail.
 
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, join, join_all, select};
 use snapfence::protocol::{Event, Failure, JobInfo, LayerState, Moment, SnapshotInfo, SnapshotState};
+use snapfence_image_format::error::LayerError;
 use snapfence_image_format::stack::{FenceMember, FenceOutcome, FenceTimes, View};
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
 
@@ -25,12 +28,17 @@ use super::{Asked, Place, Refusal, admit};
 use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
 use crate::jobs::{Job, JobError};
 use crate::manager::{BeneathError, Device, DeviceLayer, Host, Manager};
+use crate::tasks::Tasks;
 
 /// Steps of a snapshot's job: prepared, intended, switched, frozen.
 const STEPS: u64 = 4;
 
 /// How long one snapshot waits for one other of the same device: longer than disks take to make durable what they have, if they do at all.
 const LINE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the layers beneath may take to become durable. A disk that hangs never gets so far; then the snapshot has failed, and only that disk is kept
+/// from further ones.
+const FREEZE_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long the catalogue is left alone before it is asked again to record what it could not.
 const CORRECTION_INTERVAL: Duration = Duration::from_secs(1);
@@ -92,11 +100,13 @@ pub(super) enum RunError {
         "not every queue switched within {0} ms; the overlays are in use, but the layers beneath are not one point in time (deadline-ms sets the limit)"
     )]
     Deadline(u64),
+    #[error("device '{0}': the layer beneath is not durable within {limit} s", limit = FREEZE_LIMIT.as_secs())]
+    FreezeHangs(String),
     #[error("device '{device}': the layer beneath is not durable: {source}")]
     Freeze {
         device: String,
         #[source]
-        source: snapfence_image_format::error::LayerError,
+        source: LayerError,
     },
 }
 
@@ -133,13 +143,13 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let created = Moment::from_unix_microseconds(microseconds(self.environment.wall_clock()));
         let progress = Rc::new(Progress::new(asked.name.clone(), created, job));
         self.snapshots.borrow_mut().insert(asked.name.clone(), Rc::clone(&progress));
-        let place = self.lines.enter(asked.members.iter().map(|member| member.device.as_str()));
+        let place = Rc::new(self.lines.enter(asked.members.iter().map(|member| member.device.as_str())));
         let (manager, shown) = (Rc::clone(self), Rc::clone(&progress));
         self.environment.spawn(async move { manager.run_snapshot(asked, deadline_ms, shown, place).await });
         Ok(progress)
     }
 
-    async fn run_snapshot(self: Rc<Self>, asked: Asked, deadline_ms: u64, progress: Rc<Progress>, place: Place) {
+    async fn run_snapshot(self: Rc<Self>, asked: Asked, deadline_ms: u64, progress: Rc<Progress>, place: Rc<Place>) {
         let name = asked.name.clone();
         let outcome = self.take_snapshot(asked, deadline_ms, &progress, &place).await;
         let outcome = outcome.map_err(|error| error.to_string());
@@ -186,7 +196,13 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             .await
     }
 
-    async fn take_snapshot(self: &Rc<Self>, asked: Asked, deadline_ms: u64, progress: &Progress, place: &Place) -> Result<(), RunError> {
+    async fn take_snapshot(
+        self: &Rc<Self>,
+        asked: Asked,
+        deadline_ms: u64,
+        progress: &Progress,
+        place: &Rc<Place>,
+    ) -> Result<(), RunError> {
         let job = &progress.job;
         self.wait_in_line(place, job).await?;
         job.run();
@@ -217,7 +233,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         for device in &devices {
             device.in_snapshot.set(true);
         }
-        let result = self.switch_and_freeze(&asked.name, deadline_ms, progress, record, cuts).await;
+        let result = self.switch_and_freeze(&asked.name, deadline_ms, progress, record, cuts, place).await;
         for device in &devices {
             device.in_snapshot.set(false);
         }
@@ -262,6 +278,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         progress: &Progress,
         record: SnapshotRecord,
         cuts: Vec<Cut<E, H>>,
+        place: &Rc<Place>,
     ) -> Result<(), RunError> {
         let fence = self.domain.fence();
         let views: Vec<_> = cuts.iter().map(|cut| cut.device.stack.prepare_overlay(Arc::clone(&cut.overlay.layer), &fence)).collect();
@@ -296,15 +313,18 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let adopting = self.catalogue.run(move |store| store.adopt_overlays(&key, &times_of, state, error));
         // The old layers are beneath others now, whatever became of the snapshot: they are brought to rest in any case. At the same time, because
         // requests may be waiting for the old views, and must not wait for the catalogue's disk.
-        let freezing = join_all(switched.into_iter().map(|member| self.freeze_one(member, began)));
-        let (adopted, frozen) = join(adopting, freezing).await;
+        let (adopted, frozen) = join(adopting, self.freeze_all(switched, began, place)).await;
         let mut all_times = Vec::new();
         let mut failure = expired.or_else(|| adopted.err().map(RunError::from));
         for ((device, result), measured) in frozen.into_iter().zip(measured()) {
             let freeze_us = match result {
-                Ok(time) => Some(microseconds(time)),
-                Err(source) => {
+                Some(Ok(time)) => Some(microseconds(time)),
+                Some(Err(source)) => {
                     failure = failure.or(Some(RunError::Freeze { device: device.clone(), source }));
+                    None
+                }
+                None => {
+                    failure = failure.or(Some(RunError::FreezeHangs(device.clone())));
                     None
                 }
             };
@@ -366,12 +386,43 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         }
     }
 
-    /// Brings the layer that was covered to rest. Answers with the device's name and the time since the switch.
-    async fn freeze_one(
-        &self,
-        member: Switched<E, H>,
+    /// Brings the layers that were covered to rest. Answers with each device's name and the time since the switch, or `None` for those that have not
+    /// come to rest in time; they keep their part of the turn until they have.
+    async fn freeze_all(
+        self: &Rc<Self>,
+        members: Vec<Switched<E, H>>,
         began: Duration,
-    ) -> (String, Result<Duration, snapfence_image_format::error::LayerError>) {
+        place: &Rc<Place>,
+    ) -> Vec<(String, Option<Result<Duration, LayerError>>)> {
+        let names: Vec<_> = members.iter().map(|member| member.device.name().to_owned()).collect();
+        let (tasks, results) = (Rc::<Tasks>::default(), Rc::new(RefCell::new(BTreeMap::new())));
+        for member in members {
+            let (manager, results) = (Rc::clone(self), Rc::clone(&results));
+            tasks.spawn(&self.environment, async move {
+                let name = member.device.name().to_owned();
+                let result = manager.freeze_one(member, began).await;
+                results.borrow_mut().insert(name, result);
+            });
+        }
+        let limit = self.patience(FREEZE_LIMIT);
+        let in_time = matches!(select(std::pin::pin!(tasks.all_ended()), std::pin::pin!(limit)).await, Either::Left(_));
+        let mut results = results.take();
+        let all: Vec<_> = names.into_iter().map(|name| (results.remove(&name), name)).map(|(result, name)| (name, result)).collect();
+        if !in_time {
+            let hung: BTreeSet<_> = all.iter().filter(|(_, result)| result.is_none()).map(|(name, _)| name.clone()).collect();
+            tracing::error!(event = "freeze_hangs", devices = ?hung, "these devices have no further snapshots until their layers are durable");
+            place.keep_only(&hung);
+            let place = Rc::clone(place);
+            self.environment.spawn(async move {
+                tasks.all_ended().await;
+                drop(place);
+            });
+        }
+        all
+    }
+
+    /// Brings the layer that was covered to rest. Answers with the time since the switch.
+    async fn freeze_one(&self, member: Switched<E, H>, began: Duration) -> Result<Duration, LayerError> {
         let Switched { device, old, view } = member;
         let result = device.stack.freeze_below(view).await;
         let took = self.environment.now().saturating_sub(began);
@@ -384,7 +435,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         } else {
             device.set_layer_state(old.identity, LayerState::Failed);
         }
-        (device.name().to_owned(), result.map(|()| took))
+        result.map(|()| took)
     }
 
     /// Writes the record that makes the snapshot count, or that it does not.

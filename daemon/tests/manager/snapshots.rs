@@ -185,8 +185,35 @@ fn who_waits_in_line_behind_a_snapshot_that_does_not_end_is_told() {
         assert_eq!(refused, "snapshot 'next' failed: device 'vda': an earlier snapshot of it has not come to its end within 60 s");
         assert_eq!(world.snapshot("other", &["vdb"]).await["state"], "frozen");
         environment.release_hung();
-        assert_eq!(world.settled("slow").await["state"], "frozen");
         assert_eq!(world.snapshot("next", &["vda", "vdb"]).await["state"], "frozen");
+    });
+}
+
+#[test]
+fn a_layer_that_never_becomes_durable_fails_the_group_and_lets_the_others_go() {
+    let mut simulation = Simulation::new(122);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = world_with(&environment, &["vda", "vdb"]).await;
+        for device in ["vda", "vdb"] {
+            world.write(device, 0, 1).await;
+        }
+        environment.inject(Fault::once(OperationKind::Flush, 0).on("/vm/vda.qcow2").with(FaultEffect::Hang));
+        world.done("snapshot-create", create("slow", &["vda", "vdb"], 1000)).await;
+        let behind = world.begin("snapshot-create", create("behind", &["vdb"], 1000));
+        let info = world.settled("slow").await;
+        assert_eq!(info["error"], "device 'vda': the layer beneath is not durable within 60 s", "{info}");
+        behind.wait().await.expect("vdb is let go");
+        assert_eq!(world.settled("behind").await["state"], "frozen");
+        world.write("vda", 1, 2).await;
+        environment.release_hung();
+        assert_eq!(world.snapshot("next", &["vda", "vdb"]).await["state"], "frozen");
+        assert_eq!(world.settled("slow").await["state"], "failed", "no late success");
+        let stack = world.done("stack-show", json!({ "device": "vda" })).await;
+        let shown = |at: usize| (stack["layers"][at]["state"].clone(), stack["layers"][at]["snapshot"].clone());
+        assert_eq!([shown(1), shown(2)], [(json!("frozen"), json!("next")), (json!("frozen"), json!(null))]);
+        assert_eq!(world.read("vda", 2).await, [1, 2]);
+        world.manager.stop().await.expect("everything is durable");
     });
 }
 
