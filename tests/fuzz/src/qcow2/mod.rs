@@ -1,0 +1,113 @@
+//! An image that a stranger has written, and what a guest then does with it.
+//!
+//! An input chooses a sound image ([`images`]), damages it, and goes on with operations. Whatever the damage, nothing panics. If our check finds no
+//! corruption in the image, it is as good as one of our own: what is written is read again, what is not keeps what it had, and the check finds no
+//! corruption and no more leaks afterwards.
+
+mod disk;
+mod images;
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::layer::Layer;
+use snapfence_image_format::qcow2::{CheckOptions, CheckReport, Repair, check};
+use snapfence_image_format::stack::{FenceDomain, Stack};
+use snapfence_image_format::storage::{Access, CacheMode, Environment, Location, MemoryEnvironment};
+
+use crate::source::Source;
+use disk::Disk;
+use images::Image;
+
+/// Where the image under test lies.
+const PATH: &str = "/images/image.qcow2";
+/// Most places that are damaged.
+const MAX_DAMAGES: usize = 8;
+/// Most operations of a run.
+const MAX_OPERATIONS: usize = 64;
+/// Most memory for the counts of a check: more than any sound image here needs.
+const CHECK_MEMORY: u64 = 4 << 20;
+
+fn templates() -> &'static [Image] {
+    static TEMPLATES: OnceLock<Vec<Image>> = OnceLock::new();
+    TEMPLATES.get_or_init(images::all)
+}
+
+/// One run.
+///
+/// # Panics
+/// If a promise is broken.
+pub fn run(input: &[u8]) {
+    let mut source = Source::new(input);
+    let templates = templates();
+    let template = &templates[source.below(templates.len())];
+    let mut image = template.clone();
+    for _ in 0..source.below(MAX_DAMAGES + 1) {
+        image.damage(&mut source);
+    }
+    let environment = MemoryEnvironment::new();
+    environment.put(PATH, &image.bytes);
+    environment.put("/images/base.raw", &[0xba; 8192]);
+    let rest: Vec<u8> = std::iter::from_fn(|| (!source.is_empty()).then(|| source.u8())).collect();
+    let (inner, has_bitmaps) = (environment.clone(), image.has_valid_bitmaps());
+    environment.block_on(async move { endure(&inner, &rest, has_bitmaps).await });
+}
+
+async fn endure(environment: &MemoryEnvironment, operations: &[u8], has_bitmaps: bool) {
+    let before = checked(environment, Repair::None).await;
+    let stack = open(environment, false).await;
+    // A check does not look at the backing file.
+    let is_sound = before.as_ref().is_some_and(|report| !report.is_corrupt() && !report.marked_corrupt) && stack.is_some();
+    let mut disk = Disk::new(is_sound);
+    if let Some(stack) = stack {
+        disk.read_all(&stack).await;
+    }
+    let mut source = Source::new(operations);
+    let mut left = MAX_OPERATIONS;
+    while let Some(stack) = open(environment, true).await {
+        disk.read_all(&stack).await;
+        // Ends with the operations, or to open the image again.
+        while left > 0 && !source.is_empty() {
+            left -= 1;
+            if disk.operate(&stack, &mut source).await {
+                break;
+            }
+        }
+        let is_over = left == 0 || source.is_empty();
+        disk.read_all(&stack).await;
+        disk.note_close(stack.close().await);
+        if is_over {
+            break;
+        }
+    }
+    let after = checked(environment, Repair::None).await;
+    if let (true, Some(before)) = (is_sound, before) {
+        let after = after.expect("an image that could be checked still can");
+        assert!(!after.is_corrupt(), "{before:?} has become {after:?}");
+        // Writing makes persistent bitmaps invalid, and what they take up a leak, as qemu-img check sees it too.
+        assert!(after.leaks <= before.leaks || has_bitmaps || disk.has_failed(), "{before:?} has become {after:?}");
+    }
+    // What a repair makes of it must be sound again, or fail.
+    let _ = checked(environment, Repair::Leaks).await;
+    if is_sound {
+        let stack = open(environment, false).await.expect("a sound image");
+        disk.read_all(&stack).await;
+    }
+}
+
+async fn checked(environment: &MemoryEnvironment, repair: Repair) -> Option<CheckReport> {
+    let access = if repair == Repair::None { Access::Read } else { Access::Write };
+    let file = environment.open(&Location::Trusted(PATH.into()), access, CacheMode::Direct).await.expect("the file is there");
+    check(&file, &CheckOptions { repair, max_findings: 10, memory_limit: CHECK_MEMORY }).await.ok()
+}
+
+async fn open(environment: &MemoryEnvironment, writable: bool) -> Option<Arc<Stack<MemoryEnvironment>>> {
+    let location = Location::Trusted(PATH.into());
+    let allowed = AllowedDirectories::default().with_directory_of(&location.path());
+    let options =
+        ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
+    let layers = open_chain(environment, &location, Format::Qcow2, options).await.ok()?;
+    let layers: Vec<Arc<Layer<_>>> = layers.into_iter().map(|open| open.layer).collect();
+    Some(Stack::new(environment.clone(), &FenceDomain::new(|| Duration::ZERO), layers, !writable))
+}
