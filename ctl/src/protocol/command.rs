@@ -257,6 +257,19 @@ mod tests {
     }
 
     #[test]
+    fn lists_are_not_taken_for_objects() {
+        for (name, value, place) in [
+            ("snapshot-create", json!({ "name": "s", "devices": [["vda"]] }), "devices[0]"),
+            ("blockdev-add", json!({ "driver": "qcow2", "node-name": "b", "file": ["file", "/o"] }), "file"),
+            ("transaction", json!({ "actions": [["blockdev-snapshot", { "node": "a", "overlay": "b" }]] }), "actions[0]"),
+            ("transaction", json!({ "actions": [], "properties": ["grouped"] }), "properties"),
+        ] {
+            let failure = parse(name, &value).unwrap_err();
+            assert!(failure.desc.starts_with(&format!("argument '{place}': invalid type: sequence, expected ")), "{name}: {failure}");
+        }
+    }
+
+    #[test]
     fn what_is_left_out_has_its_default() {
         let add = json!({ "name": "vda", "image": "/i", "format": "qcow2", "socket": "/s" });
         let Command::DeviceAdd(from_json) = parse("device-add", &add).unwrap() else { panic!("another command") };

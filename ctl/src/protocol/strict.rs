@@ -1,8 +1,10 @@
-//! Reading JSON from strangers: nothing twice, nothing unknown, and errors that name the place.
+//! Reading JSON from strangers: nothing twice, nothing unknown, no list for an object, and errors that name the place.
 
 use std::fmt;
 
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::value::{MapDeserializer, SeqDeserializer};
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
+use serde::forward_to_deserialize_any;
 use serde_json::{Map, Value};
 
 use super::Failure;
@@ -28,7 +30,7 @@ pub fn object(line: &[u8]) -> Result<Map<String, Value>, Failure> {
 ///
 /// What is wrong, and at which key.
 pub fn typed<T: DeserializeOwned>(arguments: Map<String, Value>) -> Result<T, Failure> {
-    serde_path_to_error::deserialize(Value::Object(arguments)).map_err(|error| {
+    serde_path_to_error::deserialize(Exact(Value::Object(arguments))).map_err(|error| {
         let path = error.path().to_string();
         // The path of an error at the top is ".", which says nothing.
         let place = if path == "." { "arguments".to_owned() } else { format!("argument '{path}'") };
@@ -45,6 +47,73 @@ fn without_type_names(what: String) -> String {
     match what.split_once(", expected struct ") {
         Some((found, _)) => format!("{found}, expected an object"),
         None => what,
+    }
+}
+
+/// A JSON value as what it is. Left to itself, the library takes a list for an object whose members it has in order.
+struct Exact(Value);
+
+impl<'de> Deserializer<'de> for Exact {
+    type Error = serde_json::Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        match self.0 {
+            Value::Array(items) => {
+                let mut items = SeqDeserializer::new(items.into_iter().map(Exact));
+                let value = visitor.visit_seq(&mut items)?;
+                items.end()?;
+                Ok(value)
+            }
+            Value::Object(members) => {
+                let mut members = MapDeserializer::new(members.into_iter().map(|(key, value)| (key, Exact(value))));
+                let value = visitor.visit_map(&mut members)?;
+                members.end()?;
+                Ok(value)
+            }
+            plain => plain.deserialize_any(visitor),
+        }
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        _fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        match self.0 {
+            Value::Array(_) => Err(Self::Error::invalid_type(Unexpected::Seq, &visitor)),
+            _ => self.deserialize_any(visitor),
+        }
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        if self.0.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _name: &'static str, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        name: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        self.0.deserialize_enum(name, variants, visitor)
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map
+        identifier ignored_any
+    }
+}
+
+impl IntoDeserializer<'_, serde_json::Error> for Exact {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
     }
 }
 
