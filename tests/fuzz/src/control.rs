@@ -207,6 +207,7 @@ fn arguments(command: &Command) -> Value {
         DeviceList,
         DeviceAdd,
         DeviceRemove,
+        DeviceResume,
         SnapshotCreate,
         SnapshotList,
         SnapshotShow,
