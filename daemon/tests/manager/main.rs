@@ -3,6 +3,7 @@
 //!
 //! Runs repeat from their seeds. The clock is virtual, so nothing here depends on how fast the machine is.
 
+mod aborted;
 mod crash;
 mod devices;
 mod refusals;

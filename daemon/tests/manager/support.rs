@@ -138,6 +138,29 @@ struct Bytes {
     broken: bool,
     /// After so many syncs one fails that has made everything durable, and from then on nothing can be written.
     breaks_after_syncs: Option<u64>,
+    syncs: u64,
+    kill: Option<Kill>,
+}
+
+/// The daemon is killed while it makes a change of its catalogue durable.
+#[derive(Debug)]
+struct Kill {
+    /// So many halves of syncs have been done: the changes written, and made durable.
+    after: u64,
+    environment: SimulatedEnvironment,
+    /// What was there then, and what of it durable.
+    found: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Bytes {
+    /// Half of a sync has been done.
+    fn half_sync(&mut self) {
+        self.syncs += 1;
+        if let Some(kill) = self.kill.as_mut().filter(|kill| kill.after == self.syncs) {
+            drop(kill.environment.killed());
+            kill.found = Some((self.now.clone(), self.durable.clone()));
+        }
+    }
 }
 
 impl CatalogueFile {
@@ -153,8 +176,21 @@ impl CatalogueFile {
 
     /// What is there after the daemon was killed: everything, and what was not durable is so no more than before.
     pub(crate) fn after_kill(&self) -> Self {
-        let (now, durable) = self.change(|bytes| (bytes.now.clone(), bytes.durable.clone()));
+        let (now, durable) = self.change(|bytes| {
+            let found = bytes.kill.as_mut().and_then(|kill| kill.found.take());
+            found.unwrap_or_else(|| (bytes.now.clone(), bytes.durable.clone()))
+        });
         Self(Arc::new(Mutex::new(Bytes { now, durable, ..Bytes::default() })))
+    }
+
+    /// Kills the daemon after `halves` halves of syncs, counted from the beginning.
+    pub(crate) fn kill_after(&self, halves: u64, environment: &SimulatedEnvironment) {
+        self.change(|bytes| bytes.kill = Some(Kill { after: halves, environment: environment.clone(), found: None }));
+    }
+
+    /// How many halves of syncs have been done.
+    pub(crate) fn half_syncs(&self) -> u64 {
+        self.change(|bytes| bytes.syncs)
     }
 
     /// From here on nothing can be written.
@@ -200,7 +236,9 @@ impl StorageBackend for CatalogueFile {
     fn sync_data(&self) -> io::Result<()> {
         self.writable()?;
         self.change(|bytes| {
+            bytes.half_sync();
             bytes.durable = bytes.now.clone();
+            bytes.half_sync();
             match &mut bytes.breaks_after_syncs {
                 Some(0) => bytes.broken = true,
                 Some(syncs) => *syncs -= 1,

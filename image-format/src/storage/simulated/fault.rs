@@ -110,21 +110,24 @@ impl Fault {
 
 /// Faults that wait for their operation.
 #[derive(Debug, Default)]
-pub(super) struct Faults(Vec<Fault>);
+pub(super) struct Faults {
+    waiting: Vec<Fault>,
+    struck: u64,
+}
 
 impl Faults {
     pub(super) fn add(&mut self, fault: Fault) {
-        self.0.push(fault);
+        self.waiting.push(fault);
     }
 
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        self.waiting.clear();
     }
 
     /// What happens to an operation that begins now. Every fault that it matches counts it.
     pub(super) fn meet(&mut self, kind: OperationKind, path: &Path) -> Option<FaultEffect> {
         let mut effect = None;
-        self.0.retain_mut(|fault| {
+        self.waiting.retain_mut(|fault| {
             let is_there =
                 fault.path.as_deref().is_none_or(|of| of == path) && fault.directory.as_deref().is_none_or(|of| path.starts_with(of));
             let matches = fault.kind.is_none_or(|of| of == kind) && is_there;
@@ -138,7 +141,13 @@ impl Faults {
             effect = effect.or(Some(fault.effect));
             fault.lasting
         });
+        self.struck += u64::from(effect.is_some());
         effect
+    }
+
+    /// How many operations have met a fault.
+    pub(super) fn struck(&self) -> u64 {
+        self.struck
     }
 }
 
@@ -179,5 +188,6 @@ mod tests {
         faults.add(Fault::lasting(OperationKind::Flush, 0));
         assert!(faults.meet(OperationKind::Flush, Path::new("/b")).is_some());
         assert!(faults.meet(OperationKind::Flush, Path::new("/b")).is_some());
+        assert_eq!(faults.struck(), 4);
     }
 }

@@ -162,6 +162,11 @@ impl SimulatedEnvironment {
         lock(&self.world).faults.clear();
     }
 
+    /// How many operations have met a fault.
+    pub fn faults_struck(&self) -> u64 {
+        lock(&self.world).faults.struck()
+    }
+
     /// Lets the operations go on that hang.
     pub fn release_hung(&self) {
         lock(&self.world).release_hung();
