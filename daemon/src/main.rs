@@ -2,6 +2,8 @@
 //!
 //! Exit status: 0 after a clean end, 1 if it could not start or something is not durable, 2 wrong usage.
 
+mod log;
+
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
@@ -10,6 +12,8 @@ use snapfenced::options::{Options, OptionsError};
 use snapfenced::server;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+
+use self::log::Log;
 
 /// Environment variable with the filter for log lines.
 const LOG_VARIABLE: &str = "SNAPFENCE_LOG";
@@ -33,7 +37,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
-        .with_writer(io::stderr)
+        .with_writer(Log::new(io::stderr()))
         .with_ansi(io::stderr().is_terminal())
         // It would tell of a log that cannot be written by a panic, since standard error cannot be written either.
         .log_internal_errors(false)
@@ -65,6 +69,7 @@ fn log_filter() -> anyhow::Result<EnvFilter> {
 
 fn failed(error: &anyhow::Error, status: u8) -> ExitCode {
     // Nobody is left to tell if this fails.
-    let _ = writeln!(io::stderr(), "snapfenced: {}", snapfence::describe(error.as_ref()));
+    let line = format!("snapfenced: {}\n", snapfence::describe(error.as_ref()));
+    let _ = Log::new(io::stderr()).write_all(line.as_bytes());
     ExitCode::from(status)
 }

@@ -46,6 +46,22 @@ fn a_log_that_cannot_be_written_stops_nothing() {
 }
 
 #[test]
+fn a_log_that_nobody_reads_any_more_stops_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (_unread, log) = std::io::pipe().expect("a pipe");
+    let mut command = Daemon::command(directory.path(), &[device(directory.path(), "vda")]);
+    command.stderr(log);
+    let daemon = Daemon::run(command, directory.path());
+    let mut client = daemon.client();
+    // More than the 64 KiB that a pipe holds.
+    for _ in 0..1_000 {
+        client.execute("device-remove", json!({ "name": "n".repeat(100) })).expect_err("a refusal is logged");
+    }
+    take_snapshot(&daemon, "s1");
+    daemon.stop();
+}
+
+#[test]
 fn each_signal_to_end_ends_in_good_order() {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let directory = tempfile::tempdir().expect("a directory");
