@@ -6,6 +6,7 @@
 mod aborted;
 mod crash;
 mod devices;
+mod expired;
 mod refusals;
 mod snapshots;
 mod support;
