@@ -7,6 +7,7 @@ mod kept;
 mod records;
 mod state_dir;
 mod store;
+mod trial;
 
 use std::fmt;
 use std::path::Path;
@@ -221,6 +222,6 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         std::fs::write(directory.path().join("catalogue.redb"), vec![7; 9000]).expect("writable");
         let refused = Catalogue::start(directory.path()).expect_err("no database").to_string();
-        assert!(refused.starts_with("the catalogue cannot be opened: "), "{refused}");
+        assert!(refused.starts_with("the catalogue is damaged"), "{refused}");
     }
 }

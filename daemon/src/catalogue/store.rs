@@ -22,12 +22,13 @@ use std::path::{Path, PathBuf};
 use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, WriteTransaction};
 
 use super::records::{DeviceRecord, DeviceTimes, LayerRecord, SnapshotRecord, SnapshotState};
+use super::trial::{contained, content, try_copy};
 
 /// Version of the layout that this program writes.
 pub const SCHEMA: u64 = 1;
 
 /// Memory for cached pages. The catalogue is small and rarely read.
-const CACHE_BYTES: usize = 1 << 20;
+pub(super) const CACHE_BYTES: usize = 1 << 20;
 
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const LAYERS: TableDefinition<(&str, u32), &[u8]> = TableDefinition::new("layers");
@@ -59,6 +60,14 @@ pub enum CatalogueError {
         /// Why.
         #[source]
         source: redb::Error,
+    },
+    /// What is in the file is no database of ours, or was changed by something else.
+    #[error(
+        "the catalogue is damaged and was left as it is; put a copy in its place, or move it away and name each device's topmost image: {cause}"
+    )]
+    Damaged {
+        /// What was found first.
+        cause: String,
     },
     /// A newer program wrote it.
     #[error("the catalogue has layout {found} and this program knows layouts up to {SCHEMA}: use the newer snapfenced that wrote it")]
@@ -132,6 +141,7 @@ impl Store {
     /// If it cannot be opened or has a newer layout.
     pub fn open(path: &Path) -> Result<Self, CatalogueError> {
         private_file(path).map_err(|error| open_error(redb::StorageError::Io(error)))?;
+        try_copy(std::fs::read(path).map_err(|error| open_error(redb::StorageError::Io(error)))?)?;
         let path = path.to_owned();
         Self::opened_by(move || Database::builder().set_cache_size(CACHE_BYTES).create(&path))
     }
@@ -141,6 +151,7 @@ impl Store {
     /// # Errors
     /// As for [`open`](Self::open).
     pub fn with_backend(backend: impl StorageBackend + Clone) -> Result<Self, CatalogueError> {
+        try_copy(content(&backend).map_err(|error| open_error(redb::StorageError::Io(error)))?)?;
         Self::opened_by(move || Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend.clone()))
     }
 
@@ -153,15 +164,18 @@ impl Store {
     /// Runs `operation` on the database, which is closed if that fails.
     fn attempt<T>(&self, operation: impl FnOnce(&Database) -> Result<T, CatalogueError>) -> Result<T, CatalogueError> {
         let mut slot = self.database.borrow_mut();
-        let database = match slot.take() {
-            Some(database) => database,
-            None => Self::initialise((self.open)().map_err(open_error)?)?,
-        };
-        let result = operation(&database);
-        if !matches!(result, Err(CatalogueError::Database { .. })) {
-            *slot = Some(database);
-        }
-        result
+        let present = slot.take();
+        contained(|| {
+            let database = match present {
+                Some(database) => database,
+                None => Self::initialise((self.open)().map_err(open_error)?)?,
+            };
+            let result = operation(&database);
+            if !matches!(result, Err(CatalogueError::Database { .. })) {
+                *slot = Some(database);
+            }
+            result
+        })
     }
 
     fn read<T>(&self, operation: impl FnOnce(&ReadTransaction) -> Result<T, CatalogueError>) -> Result<T, CatalogueError> {
@@ -187,7 +201,7 @@ impl Store {
     }
 
     /// Checks the layout; writes only if the database is new, so that a start costs no flush.
-    fn initialise(database: Database) -> Result<Database, CatalogueError> {
+    pub(super) fn initialise(database: Database) -> Result<Database, CatalogueError> {
         let found = {
             let transaction = database.begin_read().map_err(open_error)?;
             match transaction.open_table(META) {
