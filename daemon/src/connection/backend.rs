@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use snapfence_image_format::storage::Environment;
 use tracing::debug;
@@ -49,12 +50,17 @@ impl<E: Environment> Backend<E> {
     /// Stops all rings at once, after what is in flight.
     pub(super) fn stop_rings(&self) {
         let stopping: Vec<_> = self.rings.iter().map(|ring| (ring, ring.begin_stop())).collect();
-        let deadline = Control::drain_deadline();
+        let deadline = self.drain_deadline();
         for (ring, answer) in stopping {
             if let Some(answer) = answer {
                 ring.finish_stop(&answer, deadline);
             }
         }
+    }
+
+    /// When a drain of all rings that begins now must have ended.
+    fn drain_deadline(&self) -> Instant {
+        self.rings.first().map_or_else(Instant::now, |ring| ring.drain_deadline())
     }
 
     fn has_started(&self) -> bool {
@@ -143,7 +149,7 @@ impl<E: Environment> VhostUserBackend for Backend<E> {
         let memory = memory.memory().into_inner();
         GuestMemory::admit(&memory)?;
         let changing: Vec<_> = self.rings.iter().map(|ring| (ring, ring.change_memory(&memory))).collect();
-        let deadline = Control::drain_deadline();
+        let deadline = self.drain_deadline();
         for (ring, answer) in changing {
             if let Some(answer) = answer {
                 ring.await_memory(&answer, deadline);

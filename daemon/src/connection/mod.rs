@@ -9,6 +9,7 @@
 
 mod backend;
 mod configuration;
+mod drains;
 pub mod listen;
 mod relay;
 mod vring;
@@ -29,6 +30,7 @@ use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use self::backend::Backend;
+use self::drains::Drains;
 use self::relay::{Relay, private_connection};
 use self::vring::{Control, with_controls};
 use crate::device::Device;
@@ -183,10 +185,11 @@ impl<E: Environment, R: Fn(ConnectionEvent)> Acceptor<E, R> {
 
     /// Takes the connection that waits, and serves it to its end.
     fn serve(&self) -> Result<(), BackendError> {
+        let drains = Arc::<Drains>::default();
         let rings: Vec<Arc<Control>> = (0..self.device.options().queues)
             .map(|index| {
                 let worker = &self.workers[usize::from(index) % self.workers.len()];
-                Control::new(self.device.name().to_owned(), index, worker.attach(&self.device, index))
+                Control::new(self.device.name().to_owned(), index, worker.attach(&self.device, index), Arc::clone(&drains))
             })
             .collect();
         let backend = Arc::new(Backend::new(Arc::clone(&self.device), rings));

@@ -18,16 +18,17 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
+use super::drains::Drains;
 use crate::vring::{EventDescriptor, GuestMemory, InflightQueue, RingFeatures, RingLayout, Signal};
 use crate::worker::{QueueHandle, Start};
 
 /// Guest memory as the crate keeps it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
-/// How long a drain may take. The VMM stands still meanwhile, so it ends some time even on storage that never answers.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a worker may take to see a command that needs no I/O.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long held requests may take to fail, once they are given up. Short, since a queue with others that hang takes all of it.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One ring of one connection.
 #[derive(Debug)]
@@ -36,6 +37,8 @@ pub(super) struct Control {
     device: String,
     index: u16,
     queue: QueueHandle,
+    /// Shared by the rings of the device.
+    drains: Arc<Drains>,
     state: Mutex<State>,
 }
 
@@ -55,8 +58,8 @@ struct State {
 }
 
 impl Control {
-    pub(super) fn new(device: String, index: u16, queue: QueueHandle) -> Arc<Self> {
-        Arc::new(Self { device, index, queue, state: Mutex::default() })
+    pub(super) fn new(device: String, index: u16, queue: QueueHandle, drains: Arc<Drains>) -> Arc<Self> {
+        Arc::new(Self { device, index, queue, drains, state: Mutex::default() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -94,6 +97,7 @@ impl Control {
     /// Waits for the answer to [`change_memory`](Self::change_memory).
     pub(super) fn await_memory(&self, answer: &Receiver<()>, until: Instant) {
         if answer.recv_timeout(until.saturating_duration_since(Instant::now())).is_err() {
+            self.drains.give_up(Instant::now());
             error!(
                 event = "memory_in_use",
                 device = self.device,
@@ -112,6 +116,7 @@ impl Control {
     /// Waits until nothing is in flight, and remembers where the ring stopped.
     pub(super) fn finish_stop(&self, answer: &Receiver<u16>, until: Instant) {
         let stopped = answer.recv_timeout(until.saturating_duration_since(Instant::now())).or_else(|_| {
+            self.drains.give_up(Instant::now());
             error!(event = "drain_timeout", device = self.device, queue = self.index, "ring is given up, with its requests in flight");
             self.queue.abandon().recv_timeout(COMMAND_TIMEOUT)
         });
@@ -122,13 +127,13 @@ impl Control {
     }
 
     /// When a drain that begins now must have ended.
-    pub(super) fn drain_deadline() -> Instant {
-        Instant::now() + DRAIN_TIMEOUT
+    pub(super) fn drain_deadline(&self) -> Instant {
+        self.drains.deadline(Instant::now())
     }
 
     fn stop(&self) {
         if let Some(answer) = self.begin_stop() {
-            self.finish_stop(&answer, Self::drain_deadline());
+            self.finish_stop(&answer, self.drain_deadline());
         }
     }
 
@@ -261,10 +266,12 @@ impl VringT<Memory> for HookVring {
             self.control.queue.enable();
             return;
         }
-        let at_rest = self.control.queue.disable().recv_timeout(DRAIN_TIMEOUT).or_else(|_| {
+        let wait = self.control.drain_deadline().saturating_duration_since(Instant::now());
+        let at_rest = self.control.queue.disable().recv_timeout(wait).or_else(|_| {
+            self.control.drains.give_up(Instant::now());
             // What waits for space would write to guest memory at any time, and the front-end may be saving it.
             self.control.queue.give_up_held();
-            self.control.queue.disable().recv_timeout(COMMAND_TIMEOUT)
+            self.control.queue.disable().recv_timeout(GIVE_UP_TIMEOUT)
         });
         if at_rest.is_err() {
             error!(
