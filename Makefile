@@ -2,6 +2,7 @@
 # make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests
 # make build   the programs, optimised
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot
+# make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz)
 # make guest   the guest that the tests and the demo boot
 # make install what this machine lacks for the above, from Debian's packages
 # make fmt, make lint, make clean
@@ -10,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test build bench guest install fmt fmt-check lint doc clean
+.PHONY: demo test build bench fuzz guest install fmt fmt-check lint doc clean
 
 # Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -28,6 +29,7 @@ test: install fmt-check lint doc
 	@cargo build --workspace --bins
 	@tests/guest/build.sh root
 	@tests/run.sh
+	@tests/fuzz.sh
 
 build: install
 	@cargo build --release --workspace --bins
@@ -36,6 +38,9 @@ bench: install
 	@cargo build --release --package snapfence-benches --package snapfenced --bins
 	@$(TARGET)/release/lookup
 	@$(TARGET)/release/daemon
+
+fuzz: install
+	@tests/fuzz.sh
 
 guest: install
 	@tests/guest/build.sh root

@@ -20,7 +20,7 @@ rust_minimum=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
 qemu_packages=(qemu-system-x86 qemu-utils)
 # What drives the build, makes the guest, and looks into images.
 packages=(
-	gcc libc6-dev pkg-config make ca-certificates # cargo's linker, static glibc for the guest's agent
+	gcc g++ libc6-dev pkg-config make ca-certificates # cargo's linker, static glibc for the guest's agent, libFuzzer
 	mmdebstrap e2fsprogs cpio zstd xz-utils       # the guest's file systems
 	uidmap                                        # mmdebstrap, if it is not run by root
 	fio busybox-static jq                         # load generator; the guest's shell; JSON in scripts
@@ -28,6 +28,7 @@ packages=(
 	mount procps
 )
 python_packages=(qemu.qmp==0.0.6)
+cargo_fuzz=0.13.2
 
 name=install
 # shellcheck source=tests/setup/debian.sh
@@ -153,6 +154,21 @@ install_rust() {
 	fail "no Rust toolchain found, and Debian has none new enough; install Rust $rust_minimum or newer with rustfmt and clippy"
 }
 
+# The fuzzer needs a nightly toolchain, which rustup alone has.
+install_fuzzer() {
+	if ! command -v rustup >/dev/null; then
+		fail "the fuzz targets need the nightly toolchain, and rustup, which installs it, is missing; install rustup (https://rustup.rs), then run this again"
+	fi
+	if ! rustup run nightly rustc --version >/dev/null 2>&1; then
+		say "installing the nightly toolchain of Rust, for the fuzz targets"
+		rustup toolchain install nightly --profile minimal >/dev/null || fail "rustup could not install the nightly toolchain"
+	fi
+	if ! cargo fuzz --version >/dev/null 2>&1; then
+		say "installing cargo-fuzz $cargo_fuzz"
+		cargo install --quiet --locked "cargo-fuzz@$cargo_fuzz" || fail "cargo could not install cargo-fuzz $cargo_fuzz"
+	fi
+}
+
 install_python_packages() {
 	local stamp=$venv/installed
 	[ "$(cat "$stamp" 2>/dev/null)" = "${python_packages[*]}" ] && return
@@ -172,4 +188,5 @@ install_python_packages() {
 
 install_debian_packages "$VERSION_CODENAME"
 install_rust
+install_fuzzer
 install_python_packages

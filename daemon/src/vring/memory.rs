@@ -111,6 +111,7 @@ impl GuestMemory {
     /// A copy of the `N` bytes at `address`, if they are mapped in one piece.
     pub fn copy_out<const N: usize>(&self, address: u64) -> Option<[u8; N]> {
         let (base, mapped) = self.piece(address, N as u64)?;
+        before_load();
         // SAFETY: `N` bytes from `base` on are mapped and readable, and byte arrays need no alignment. Volatile, so that they are read once.
         (mapped == N as u64).then(|| unsafe { base.cast::<[u8; N]>().read_volatile() })
     }
@@ -247,6 +248,7 @@ impl Area {
 
     /// The byte at `offset`.
     pub fn load_u8(&self, offset: usize) -> u8 {
+        before_load();
         self.atomic_u8(offset).load(Ordering::Relaxed)
     }
 
@@ -258,6 +260,7 @@ impl Area {
 
     /// The 16-bit little-endian value at `offset`.
     pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
+        before_load();
         u16::from_le(self.atomic_u16(offset).load(order))
     }
 
@@ -269,6 +272,7 @@ impl Area {
 
     /// The 64-bit little-endian value at `offset`.
     pub fn load_u64(&self, offset: usize) -> u64 {
+        before_load();
         u64::from_le(self.atomic_u64(offset).load(Ordering::Relaxed))
     }
 
@@ -287,6 +291,7 @@ impl Area {
 
     /// A copy of the 16 bytes at `offset`, read once.
     pub fn copy_out(&self, offset: usize) -> [u8; 16] {
+        before_load();
         // SAFETY: `field` is mapped and readable; byte arrays need no alignment.
         unsafe { self.field::<[u8; 16]>(offset).read_volatile() }
     }
@@ -307,6 +312,22 @@ fn observe() {
 #[cfg(not(test))]
 #[inline(always)]
 fn observe() {}
+
+#[cfg(fuzzing)]
+thread_local! {
+    /// What a fuzzer does before each load from shared memory on its thread, as a guest's other processors might.
+    pub static BEFORE_LOAD: std::cell::RefCell<Option<Box<dyn FnMut()>>> = const { std::cell::RefCell::new(None) };
+}
+
+/// A place where the memory may change.
+#[cfg(fuzzing)]
+fn before_load() {
+    BEFORE_LOAD.with_borrow_mut(|observer| observer.as_mut().map(|observe| observe()));
+}
+
+#[cfg(not(fuzzing))]
+#[inline(always)]
+fn before_load() {}
 
 #[cfg(test)]
 mod tests {

@@ -1,14 +1,20 @@
 //! Fuzz targets: what strangers may hand to snapfence, each as a function from bytes to nothing, which panics where a promise is broken.
 //!
+//! - [`catalogue`]: the catalogue's file.
 //! - [`control`]: lines of the control socket.
 //! - [`qcow2`]: an image together with what is done to it.
+//! - [`vhost_user`]: messages of a front-end, with descriptors.
+//! - [`virtqueue`]: descriptor chains, in memory that changes while it is read.
 //! - [`source`]: takes an input apart.
 //!
 //! `make fuzz` sends inputs through them that libFuzzer makes (targets/); `cargo test` those of the corpus (tests/replay.rs).
 
+pub mod catalogue;
 pub mod control;
 pub mod qcow2;
 mod source;
+pub mod vhost_user;
+pub mod virtqueue;
 
 #[allow(dead_code, reason = "it serves the tests of the manager as well")]
 #[path = "../../../daemon/tests/manager/support.rs"]
@@ -18,4 +24,10 @@ mod support;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: &[Target] = &[("control", control::run), ("qcow2", qcow2::run)];
+pub const TARGETS: &[Target] = &[
+    ("catalogue", catalogue::run),
+    ("control", control::run),
+    ("qcow2", qcow2::run),
+    ("vhost_user", vhost_user::run),
+    ("virtqueue", virtqueue::run),
+];

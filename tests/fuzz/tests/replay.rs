@@ -31,6 +31,21 @@ fn replay(target: &str) {
 }
 
 #[test]
+fn damaged_catalogues_are_refused() {
+    replay("catalogue");
+}
+
+#[test]
+fn front_ends_leave_nothing_behind() {
+    replay("vhost_user");
+}
+
+#[test]
+fn chains_come_back_once() {
+    replay("virtqueue");
+}
+
+#[test]
 fn control_lines_are_answered() {
     replay("control");
 }

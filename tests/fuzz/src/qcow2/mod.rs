@@ -43,7 +43,8 @@ pub fn run(input: &[u8]) {
     let templates = templates();
     let template = &templates[source.below(templates.len())];
     let mut image = template.clone();
-    for _ in 0..source.below(MAX_DAMAGES + 1) {
+    let damages = source.below(MAX_DAMAGES + 1);
+    for _ in 0..damages {
         image.damage(&mut source);
     }
     let environment = MemoryEnvironment::new();
@@ -51,21 +52,30 @@ pub fn run(input: &[u8]) {
     environment.put("/images/base.raw", &[0xba; 8192]);
     let rest: Vec<u8> = std::iter::from_fn(|| (!source.is_empty()).then(|| source.u8())).collect();
     let (inner, has_bitmaps) = (environment.clone(), image.has_valid_bitmaps());
-    environment.block_on(async move { endure(&inner, &rest, has_bitmaps).await });
+    environment.block_on(async move { endure(&inner, &rest, damages > 0, has_bitmaps).await });
 }
 
-async fn endure(environment: &MemoryEnvironment, operations: &[u8], has_bitmaps: bool) {
+async fn endure(environment: &MemoryEnvironment, operations: &[u8], is_damaged: bool, has_bitmaps: bool) {
     let before = checked(environment, Repair::None).await;
     let stack = open(environment, false).await;
     // A check does not look at the backing file.
-    let is_sound = before.as_ref().is_some_and(|report| !report.is_corrupt() && !report.marked_corrupt) && stack.is_some();
+    let is_sound = before.as_ref().is_some_and(|report| !report.is_corrupt() && !report.marked_corrupt) && stack.is_ok();
     let mut disk = Disk::new(is_sound);
-    if let Some(stack) = stack {
+    if let Ok(stack) = stack {
         disk.read_all(&stack).await;
     }
+    settle(environment).await;
     let mut source = Source::new(operations);
     let mut left = MAX_OPERATIONS;
-    while let Some(stack) = open(environment, true).await {
+    loop {
+        let stack = match open(environment, true).await {
+            Ok(stack) => stack,
+            // A check passes over what only writing needs.
+            Err(error) => {
+                assert!(is_damaged, "a sound image: {error}");
+                break;
+            }
+        };
         disk.read_all(&stack).await;
         // Ends with the operations, or to open the image again.
         while left > 0 && !source.is_empty() {
@@ -77,6 +87,8 @@ async fn endure(environment: &MemoryEnvironment, operations: &[u8], has_bitmaps:
         let is_over = left == 0 || source.is_empty();
         disk.read_all(&stack).await;
         disk.note_close(stack.close().await);
+        drop(stack);
+        settle(environment).await;
         if is_over {
             break;
         }
@@ -91,9 +103,14 @@ async fn endure(environment: &MemoryEnvironment, operations: &[u8], has_bitmaps:
     // What a repair makes of it must be sound again, or fail.
     let _ = checked(environment, Repair::Leaks).await;
     if is_sound {
-        let stack = open(environment, false).await.expect("a sound image");
+        let stack = open(environment, false).await.unwrap_or_else(|error| panic!("a sound image: {error}"));
         disk.read_all(&stack).await;
     }
+}
+
+/// Lets tasks end that still hold what was dropped: whoever writes is alone with an image.
+async fn settle(environment: &MemoryEnvironment) {
+    environment.sleep_until(environment.now() + Duration::from_secs(1)).await;
 }
 
 async fn checked(environment: &MemoryEnvironment, repair: Repair) -> Option<CheckReport> {
@@ -102,12 +119,12 @@ async fn checked(environment: &MemoryEnvironment, repair: Repair) -> Option<Chec
     check(&file, &CheckOptions { repair, max_findings: 10, memory_limit: CHECK_MEMORY }).await.ok()
 }
 
-async fn open(environment: &MemoryEnvironment, writable: bool) -> Option<Arc<Stack<MemoryEnvironment>>> {
+async fn open(environment: &MemoryEnvironment, writable: bool) -> Result<Arc<Stack<MemoryEnvironment>>, String> {
     let location = Location::Trusted(PATH.into());
     let allowed = AllowedDirectories::default().with_directory_of(&location.path());
     let options =
         ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
-    let layers = open_chain(environment, &location, Format::Qcow2, options).await.ok()?;
+    let layers = open_chain(environment, &location, Format::Qcow2, options).await.map_err(|error| error.to_string())?;
     let layers: Vec<Arc<Layer<_>>> = layers.into_iter().map(|open| open.layer).collect();
-    Some(Stack::new(environment.clone(), &FenceDomain::new(|| Duration::ZERO), layers, !writable))
+    Ok(Stack::new(environment.clone(), &FenceDomain::new(|| Duration::ZERO), layers, !writable))
 }
