@@ -19,4 +19,5 @@ mod rounds;
 pub mod runtime;
 pub mod stack;
 pub mod storage;
+mod sync;
 pub mod units;

@@ -1,8 +1,10 @@
 //! Waiting for a condition that another task, perhaps on another thread, makes true.
 
 use std::future::poll_fn;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 use std::task::{Poll, Waker};
+
+use crate::sync::Mutex;
 
 /// Tasks that wait until something has changed.
 ///
@@ -15,8 +17,8 @@ pub struct WaitQueue {
 
 impl WaitQueue {
     /// A queue with nobody in it.
-    pub const fn new() -> Self {
-        Self { wakers: Mutex::new(Vec::new()) }
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// Ends with the first `Some` that `condition` gives. It is called at once, and again after each notification.

@@ -6,6 +6,8 @@
 //! - [`Fence`] and its domain switch any number of stacks to new views at one point in time.
 
 mod fence;
+#[cfg(test)]
+mod fence_tests;
 mod grow;
 mod map;
 mod read;

@@ -1,9 +1,10 @@
 //! Which views are still in use.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use crate::runtime::WaitQueue;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Whether one view is still in use. Completed when the view is dropped, that is, with its last user.
 #[derive(Debug)]
