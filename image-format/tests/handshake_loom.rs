@@ -97,16 +97,13 @@ use std::time::Instant;
 
 use model::{Ending, Shape};
 
-/// Preemptions that are explored. With none too many a run takes a second; each further one costs a hundredfold.
-const PREEMPTIONS: usize = 2;
-
-/// Explores what the shape can do with up to `SNAPFENCE_PREEMPTIONS` switches away from a thread that could go on (switches away from threads that
-/// wait are not counted); `none` explores everything.
-fn explore(name: &str, shape: Shape) {
+/// Explores what the shape can do with at most `preemptions` switches away from a thread that could go on; those away from threads that wait are
+/// not counted. `SNAPFENCE_PREEMPTIONS` sets another bound, or `none`. Each further preemption costs some seventyfold.
+fn explore(name: &str, preemptions: usize, shape: Shape) {
     let preemptions = match std::env::var("SNAPFENCE_PREEMPTIONS") {
         Ok(bound) if bound == "none" => None,
         Ok(bound) => Some(bound.parse().expect("SNAPFENCE_PREEMPTIONS is a number, or none")),
-        Err(_) => Some(PREEMPTIONS),
+        Err(_) => Some(preemptions),
     };
     let began = Instant::now();
     let executions = Arc::new(AtomicU64::new(0));
@@ -123,31 +120,42 @@ fn explore(name: &str, shape: Shape) {
 }
 
 fn two_by_two(snapshots: Vec<Ending>) -> Shape {
-    Shape { devices: 2, queues: 2, requests: 1, snapshots }
+    Shape { devices: 2, queues: 2, shared_threads: true, looks_twice: true, requests: 1, snapshots }
 }
 
 #[test]
 fn two_devices_with_two_queues_are_cut_at_one_point() {
-    explore("2x2", two_by_two(vec![Ending::Waits]));
+    explore("2x2", 2, two_by_two(vec![Ending::Waits]));
+}
+
+#[test]
+fn holding_completions_makes_the_cut_consistent() {
+    explore("2x2, holding alone", 2, Shape { looks_twice: false, ..two_by_two(vec![Ending::Waits]) });
+    explore("2x2, holding alone, four threads", 1, Shape { looks_twice: false, shared_threads: false, ..two_by_two(vec![Ending::Waits]) });
+}
+
+#[test]
+fn four_threads_are_cut_at_one_point() {
+    explore("2x2, four threads", 1, Shape { shared_threads: false, ..two_by_two(vec![Ending::Waits]) });
 }
 
 #[test]
 fn a_second_snapshot_follows_the_first() {
-    explore("2x2, two snapshots", two_by_two(vec![Ending::Waits, Ending::Waits]));
+    explore("2x2, two snapshots", 2, two_by_two(vec![Ending::Waits, Ending::Waits]));
 }
 
 #[test]
 fn a_fence_that_expires_leaves_nobody_waiting() {
-    explore("2x2, expiry", two_by_two(vec![Ending::Expires]));
-    explore("2x2, a snapshot after expiry", two_by_two(vec![Ending::Expires, Ending::Waits]));
+    explore("2x2, expiry", 2, two_by_two(vec![Ending::Expires]));
+    explore("2x2, a snapshot after expiry", 2, two_by_two(vec![Ending::Expires, Ending::Waits]));
 }
 
 #[test]
 fn a_fence_that_is_given_up_leaves_nobody_waiting() {
-    explore("2x2, a snapshot after one given up", two_by_two(vec![Ending::Aborted, Ending::Waits]));
+    explore("2x2, a snapshot after one given up", 2, two_by_two(vec![Ending::Aborted, Ending::Waits]));
 }
 
 #[test]
 fn requests_in_flight_end_before_their_layer_is_frozen() {
-    explore("2x2, two requests each", Shape { requests: 2, ..two_by_two(vec![Ending::Waits]) });
+    explore("2x2, two requests each", 2, Shape { requests: 2, ..two_by_two(vec![Ending::Waits]) });
 }

@@ -1,8 +1,8 @@
 //! The handshake of the fence in chosen and random interleavings of a larger host (shuttle).
 //!
-//! Compiles the files of the library that the handshake consists of over shuttle's primitives, which are sequentially consistent. Weaker accesses
-//! are for `handshake_loom`. Schedules are random, or chosen so that bugs of a small depth are found with a known probability (PCT). A failing
-//! schedule is printed by shuttle, which replays it.
+//! Compiles the files of the library that the handshake consists of over shuttle's primitives, which are sequentially consistent. Schedules are
+//! random, or chosen so that bugs of a small depth are found with a known probability (PCT). A failing schedule is printed by shuttle, which
+//! replays it.
 //!
 //! `SNAPFENCE_SEED` chooses the schedules, `SNAPFENCE_SEEDS` how many of each kind.
 
@@ -61,13 +61,34 @@ fn explore(name: &str, schedules: usize, shape: Shape) {
 
 #[test]
 fn four_devices_with_four_queues_are_cut_at_one_point() {
-    explore("4x4, two snapshots", 3_000, Shape { devices: 4, queues: 4, requests: 3, snapshots: vec![Ending::Waits, Ending::Waits] });
+    explore(
+        "4x4, two snapshots",
+        3_000,
+        Shape {
+            devices: 4,
+            queues: 4,
+            shared_threads: false,
+            looks_twice: true,
+            requests: 3,
+            snapshots: vec![Ending::Waits, Ending::Waits],
+        },
+    );
+}
+
+#[test]
+fn holding_completions_makes_the_cut_consistent() {
+    let snapshots = vec![Ending::Waits, Ending::Waits];
+    explore(
+        "4x4, holding alone",
+        3_000,
+        Shape { devices: 4, queues: 4, shared_threads: false, looks_twice: false, requests: 3, snapshots },
+    );
 }
 
 #[test]
 fn fences_that_expire_or_are_given_up_leave_nobody_waiting() {
     let snapshots = vec![Ending::Expires, Ending::Waits, Ending::Aborted, Ending::Expires];
-    explore("4x4, expiry", 2_000, Shape { devices: 4, queues: 4, requests: 3, snapshots });
+    explore("4x4, expiry", 2_000, Shape { devices: 4, queues: 4, shared_threads: false, looks_twice: true, requests: 3, snapshots });
 }
 
 #[test]
@@ -75,6 +96,13 @@ fn two_devices_with_two_queues_are_cut_at_one_point() {
     explore(
         "2x2, three snapshots",
         10_000,
-        Shape { devices: 2, queues: 2, requests: 4, snapshots: vec![Ending::Waits, Ending::Expires, Ending::Waits] },
+        Shape {
+            devices: 2,
+            queues: 2,
+            shared_threads: true,
+            looks_twice: true,
+            requests: 4,
+            snapshots: vec![Ending::Waits, Ending::Expires, Ending::Waits],
+        },
     );
 }

@@ -1,6 +1,6 @@
 //! Queue threads, devices and a control thread around the real fence, with a guest whose requests follow from one another.
 //!
-//! Every queue thread serves one queue of every device, as the daemon's workers do: it begins its turn, reads what the guest has seen completed
+//! A queue thread serves one queue of one device, or one of every device, as the daemon's workers can: it begins its turn, reads what the guest has seen completed
 //! (the ring's index), looks whether its views are stale, takes requests, and parks when nothing moves. A request keeps its view, writes to the
 //! view's top layer, waits for [`FenceMember::hold_completion`], and is published once. The control thread puts one layer after another on all
 //! devices and freezes what lies beneath.
@@ -11,11 +11,13 @@
 //! - no write reaches a layer that is frozen;
 //! - every request is published, once; every thread ends (the checker reports a deadlock otherwise).
 //!
-//! A layer is its number here, and the present view lies behind a mutex in the place of arc-swap: both are linearisable, and the handshake asks
-//! no more of it than that.
+//! A layer is its number here, and the present view lies behind a mutex in the place of arc-swap. Both are linearisable, but the mutex also orders
+//! what its users do before and after, which arc-swap does not promise. So interleavings are explored as they are, while an access of the fence
+//! that is weaker than sequentially consistent can go unseen: reading the marks, or the generation after `LOOKING`, relaxed is not found.
 
 use std::collections::BTreeSet;
 use std::future::poll_fn;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
 use std::task::Poll;
@@ -42,8 +44,13 @@ pub(crate) enum Ending {
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
     pub(crate) devices: usize,
-    /// Queue threads; each serves one queue of each device.
+    /// Queues per device.
     pub(crate) queues: usize,
+    /// Whether a queue thread serves one queue of every device instead of one queue of one device.
+    pub(crate) shared_threads: bool,
+    /// Whether threads ask if their views are stale after reading what has completed. If they do, holding completions until the generation has
+    /// advanced is enough for a consistent cut; only without it do releases show that come after that but too early.
+    pub(crate) looks_twice: bool,
     /// Requests per queue of each device.
     pub(crate) requests: usize,
     /// One snapshot each, in turn.
@@ -124,22 +131,24 @@ impl Host {
         assert_eq!(before & (1 << id), 0, "request {id} is published twice");
     }
 
-    fn run_queue(&self, queue: usize, queues: usize, requests: usize) {
+    /// Takes `requests` from queue `queue` of each of the devices, of `queues`.
+    fn run_queue(&self, served: Range<usize>, queue: usize, queues: usize, requests: usize, looks_twice: bool) {
         let mut participant = self.domain.join();
-        let _attachments: Vec<_> = self.devices.iter().map(|device| participant.attach(&device.marks)).collect();
+        let devices = &self.devices[served.clone()];
+        let _attachments: Vec<_> = devices.iter().map(|device| participant.attach(&device.marks)).collect();
         let mut views: Vec<Arc<View>> = Vec::new();
         let mut in_flight: Vec<Pin<Box<dyn Future<Output = ()> + '_>>> = Vec::new();
         let mut taken = 0;
         block_on(poll_fn(|context| {
             loop {
-                participant.begin_turn(|| views = self.devices.iter().map(Device::view).collect());
+                participant.begin_turn(|| views = devices.iter().map(Device::view).collect());
                 let mut moved = false;
                 if taken < requests {
                     let after = self.completed.load(SeqCst);
-                    if participant.is_stale() {
+                    if looks_twice && participant.is_stale() {
                         continue;
                     }
-                    for (device, view) in views.iter().enumerate() {
+                    for (device, view) in served.clone().zip(&views) {
                         let id = (taken * queues + queue) * self.devices.len() + device;
                         self.history.0.lock().unwrap().insert(id, Taken { device, layer: view.layer, after });
                         in_flight.push(Box::pin(self.serve(device, Arc::clone(view), id)));
@@ -199,12 +208,15 @@ pub(crate) fn run(shape: &Shape) {
         completed: AtomicU64::new(0),
         history: History::default(),
     });
-    let threads: Vec<_> = (0..shape.queues)
-        .map(|queue| {
+    let devices_per_thread = if shape.shared_threads { shape.devices } else { 1 };
+    let mut threads = Vec::new();
+    for queue in 0..shape.queues {
+        for first in (0..shape.devices).step_by(devices_per_thread) {
+            let (served, looks_twice) = (first..first + devices_per_thread, shape.looks_twice);
             let (host, queues, requests) = (Arc::clone(&host), shape.queues, shape.requests);
-            spawn(move || host.run_queue(queue, queues, requests))
-        })
-        .collect();
+            threads.push(spawn(move || host.run_queue(served, queue, queues, requests, looks_twice)));
+        }
+    }
     // By layer, whether it was put on with one point in time.
     let mut one_cut = BTreeSet::new();
     let mut layer = 0;
