@@ -4,14 +4,14 @@
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot
 # make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz)
 # make guest   the guest that the tests and the demo boot
-# make install what this machine lacks for the above, from Debian's packages
+# make install what this machine lacks for the above, from Debian's packages; make install-fuzzer that and what fuzzing takes, by rustup
 # make fmt, make lint, make clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test build bench fuzz guest install fmt fmt-check lint doc clean
+.PHONY: demo test build bench fuzz guest install install-fuzzer fmt fmt-check lint doc clean
 
 # Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -25,7 +25,7 @@ demo: install
 	@tests/guest/build.sh root
 	@$(TARGET)/release/snapfence-demo --output $(TARGET)/demo $(DEMO_ARGUMENTS)
 
-test: install fmt-check lint doc
+test: install-fuzzer fmt-check lint doc
 	@cargo build --workspace --bins
 	@tests/guest/build.sh root
 	@tests/run.sh
@@ -39,7 +39,7 @@ bench: install
 	@$(TARGET)/release/lookup
 	@$(TARGET)/release/daemon
 
-fuzz: install
+fuzz: install-fuzzer
 	@tests/fuzz.sh
 
 guest: install
@@ -47,6 +47,9 @@ guest: install
 
 install:
 	@tests/setup/install.sh
+
+install-fuzzer:
+	@tests/setup/install.sh fuzzer
 
 fmt:
 	@cargo fmt --all

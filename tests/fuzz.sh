@@ -27,7 +27,7 @@ targets=("$@")
 if [ ${#targets[@]} -eq 0 ]; then mapfile -t targets < <(ls tests/fuzz/corpus); fi
 
 cargo +nightly fuzz --version >/dev/null 2>&1 || {
-	echo 'fuzz: cargo-fuzz or the nightly toolchain is missing; tests/setup/install.sh installs them' >&2
+	echo 'fuzz: cargo-fuzz or the nightly toolchain is missing; tests/setup/install.sh fuzzer installs them' >&2
 	exit 1
 }
 
@@ -48,7 +48,7 @@ fuzz() {
 	mkdir -p "$inputs" "$target/artifacts"
 	if [ -e "tests/fuzz/dictionaries/$name" ]; then extra=("-dict=tests/fuzz/dictionaries/$name"); fi
 	# What lives as long as a thread is no leak. Entropic schedules and names of functions cost more than they find at these speeds.
-	ASAN_OPTIONS=detect_leaks=0:"$programs/$name" -max_total_time="$seconds" -timeout=30 \
+	ASAN_OPTIONS=detect_leaks=0 "$programs/$name" -max_total_time="$seconds" -timeout=30 \
 		-rss_limit_mb=2048 -malloc_limit_mb=512 -max_len=4096 -print_final_stats=1 -entropic=0 -print_funcs=0 "${extra[@]}" \
 		-artifact_prefix="$root/${target#"$root"/}/artifacts/$name-" "$inputs" "tests/fuzz/corpus/$name" >"$log" 2>&1 || status=$?
 	executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")

@@ -188,5 +188,5 @@ install_python_packages() {
 
 install_debian_packages "$VERSION_CODENAME"
 install_rust
-install_fuzzer
+if [ "${1:-}" = fuzzer ]; then install_fuzzer; fi
 install_python_packages

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::raw::Raw;
 use snapfence_image_format::stack::{FenceDomain, Stack};
@@ -66,7 +67,14 @@ impl Served {
         let thread = WorkerThread::spawn("queue".into(), 32, &domain).expect("a thread");
         let layers = vec![std::sync::Arc::new(Layer::Raw(Raw::open(file, true).expect("an image")))];
         let stack = Stack::new(UringEnvironment, &domain, layers, false);
-        let options = DeviceOptions { name: "vda".into(), serial: String::new(), read_only: false, queues: QUEUES, queue_size: QUEUE_SIZE };
+        let options = DeviceOptions {
+            name: "vda".into(),
+            serial: String::new(),
+            read_only: false,
+            queues: QUEUES,
+            queue_size: QUEUE_SIZE,
+            on_no_space: NoSpacePolicy::Report,
+        };
         let device = Device::new(options, stack).expect("good options");
         let path = folder.path().join("socket");
         let listening = Listening::bind(&path, SOCKET_MODE).expect("a socket");

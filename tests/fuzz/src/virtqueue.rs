@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
+use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::raw::Raw;
 use snapfence_image_format::runtime::Executor;
@@ -158,7 +159,14 @@ impl Machine {
         let layers = vec![Arc::new(Layer::Raw(Raw::open(file, true).expect("an image")))];
         let read_only = flags & 4 != 0;
         let stack = Stack::new(environment, &domain, layers, read_only);
-        let options = DeviceOptions { name: "vda".into(), serial: "serial".into(), read_only, queues: 1, queue_size: QUEUE_SIZE };
+        let options = DeviceOptions {
+            name: "vda".into(),
+            serial: "serial".into(),
+            read_only,
+            queues: 1,
+            queue_size: QUEUE_SIZE,
+            on_no_space: NoSpacePolicy::Report,
+        };
         let device = Device::new(options, stack).expect("good options");
         let executor = simulation.new_executor();
         let (worker, handle) = Worker::new(executor.clone(), (), &domain);
