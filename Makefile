@@ -25,11 +25,10 @@ demo: install
 	@tests/guest/build.sh root
 	@$(TARGET)/release/snapfence-demo --output $(TARGET)/demo $(DEMO_ARGUMENTS)
 
-test: install-fuzzer fmt-check lint doc
+test: install fmt-check lint doc
 	@cargo build --workspace --bins
 	@tests/guest/build.sh root
 	@tests/run.sh
-	@tests/fuzz.sh
 
 build: install
 	@cargo build --release --workspace --bins
