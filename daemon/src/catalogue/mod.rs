@@ -45,7 +45,8 @@ impl Catalogue {
             path: kept.clone(),
             source,
         })?;
-        let mut store = Store::open(&state_dir.database())?;
+        let path = state_dir.database();
+        let mut store = Store::open(&path).map_err(|source| CatalogueError::File { path, source: Box::new(source) })?;
         state_dir.flush()?;
         let (operations, received) = mpsc::channel::<Operation>();
         let run = move || {
@@ -220,8 +221,9 @@ mod tests {
     #[test]
     fn a_file_that_is_no_database_is_refused() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        std::fs::write(directory.path().join("catalogue.redb"), vec![7; 9000]).expect("writable");
+        let file = directory.path().join("catalogue.redb");
+        std::fs::write(&file, vec![7; 9000]).expect("writable");
         let refused = Catalogue::start(directory.path()).expect_err("no database").to_string();
-        assert!(refused.starts_with("the catalogue is damaged"), "{refused}");
+        assert!(refused.starts_with(&format!("{}: the catalogue is damaged", file.display())), "{refused}");
     }
 }

@@ -52,6 +52,15 @@ pub enum CatalogueError {
         #[source]
         source: std::io::Error,
     },
+    /// The file of the catalogue cannot be used.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<CatalogueError>,
+    },
     /// The database refuses.
     #[error("the catalogue cannot be {action}: {source}")]
     Database {

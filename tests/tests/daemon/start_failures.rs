@@ -137,7 +137,7 @@ fn the_daemons_own_places_must_be_usable() -> Result<()> {
         ("--control c --state-dir file", &["cannot make the state directory file"]),
         ("--control c --state-dir file/state", &["cannot make the state directory file/state"]),
         ("--control c --state-dir /proc/state", &["cannot make the state directory /proc/state"]),
-        ("--control c --state-dir broken", &["the catalogue cannot be opened"]),
+        ("--control c --state-dir broken", &["broken/catalogue.redb: the catalogue is damaged and was left as it is"]),
         ("--control c --state-dir state --allow-dir nowhere", &["allowed directory nowhere"]),
         ("--control c --state-dir state --allow-dir file", &["allowed directory file is not a directory"]),
     ];
