@@ -37,11 +37,20 @@ pub(crate) const FOLDER: &str = "/vm";
 
 pub(crate) type Daemon = Rc<Manager<SimulatedEnvironment, FakeHost>>;
 
+/// Told of every device that is served, to run rings of it.
+pub(crate) type OnServe = Rc<dyn Fn(&DeviceOptions, &Arc<Stack<SimulatedEnvironment>>, &Arc<FenceDomain>)>;
+
 /// Front-ends: each device has a queue thread that is parked, so that it delays no fence, until a test lets it run.
-#[derive(Debug)]
 pub(crate) struct FakeHost {
     environment: SimulatedEnvironment,
     queues: Rc<RefCell<BTreeMap<String, Queue>>>,
+    on_serve: Option<OnServe>,
+}
+
+impl std::fmt::Debug for FakeHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FakeHost").field("queues", &self.queues).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -74,6 +83,9 @@ impl Host<SimulatedEnvironment> for FakeHost {
         }
         let participant = domain.join();
         let attachment = stack.attach(&participant);
+        if let Some(on_serve) = &self.on_serve {
+            on_serve(options, stack, domain);
+        }
         let connected = Rc::new(Cell::new(false));
         let queue = Queue { participant, connected: Rc::clone(&connected), _attachment: attachment };
         assert!(self.queues.borrow_mut().insert(options.name.clone(), queue).is_none(), "a device is served once");
@@ -270,7 +282,18 @@ pub(crate) struct World {
 impl World {
     /// A daemon over these files that has not been told of any device. `allowed` are its `--allow-dir`s; its sockets are in /run.
     pub(crate) fn start(environment: SimulatedEnvironment, catalogue: CatalogueFile, allowed: &[&str]) -> Self {
-        let host = FakeHost { environment: environment.clone(), queues: Rc::default() };
+        Self::start_with(environment, catalogue, allowed, Arc::default(), None)
+    }
+
+    /// As [`start`](Self::start), with kept memory that may be there already, and somebody who runs rings.
+    pub(crate) fn start_with(
+        environment: SimulatedEnvironment,
+        catalogue: CatalogueFile,
+        allowed: &[&str],
+        keeper: Arc<TestKeeper>,
+        on_serve: Option<OnServe>,
+    ) -> Self {
+        let host = FakeHost { environment: environment.clone(), queues: Rc::default(), on_serve };
         let queues = Rc::clone(&host.queues);
         let events = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&events);
@@ -281,7 +304,7 @@ impl World {
             environment: environment.clone(),
             host,
             catalogue: Catalogue::in_place(Store::with_backend(catalogue.clone()).expect("a catalogue")),
-            keeper: Arc::<TestKeeper>::default(),
+            keeper,
             working_directory: PathBuf::from(FOLDER),
             places: Places::new(allowed.iter().map(PathBuf::from)).with_socket_directories(vec!["/run".into()], false),
         };
@@ -486,6 +509,11 @@ impl World {
 
     /// What is in the first blocks of a chain of files that is opened beside the daemon, read-only.
     pub(crate) async fn read_file(&self, path: &str, format: Format, blocks: u64) -> Vec<u8> {
+        values(&self.read_file_bytes(path, format, blocks * BLOCK).await, BLOCK)
+    }
+
+    /// As [`read_file`](Self::read_file), whatever is in the first `len` bytes.
+    pub(crate) async fn read_file_bytes(&self, path: &str, format: Format, len: u64) -> Vec<u8> {
         let allowed = AllowedDirectories::new([PathBuf::from("/")]);
         let options = ChainOptions {
             allowed: &allowed,
@@ -500,9 +528,9 @@ impl World {
         let domain = FenceDomain::new(|| Duration::ZERO);
         let layers = layers.into_iter().map(|layer| layer.layer).collect();
         let stack = Stack::new(self.environment.clone(), &domain, layers, true);
-        let (result, buffer) = stack.view().read(GuestOffset::ZERO, Buffer::Owned(AlignedBuffer::zeroed(at(blocks * BLOCK)))).await;
+        let (result, buffer) = stack.view().read(GuestOffset::ZERO, Buffer::Owned(AlignedBuffer::zeroed(at(len)))).await;
         result.expect("readable");
-        values(&buffer.into_owned(), BLOCK)
+        buffer.into_owned().to_vec()
     }
 
     /// The files of a device's stack, the top first.

@@ -1,0 +1,336 @@
+//! A guest with two disks of two queues each, and the threads of the daemon that serve them.
+
+use std::cell::{Cell, RefCell};
+use std::fmt::Write;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, eventfd};
+use snapfence_image_format::runtime::Executor;
+use snapfence_image_format::stack::{FenceDomain, Stack};
+use snapfence_image_format::storage::Chance;
+use snapfence_image_format::storage::simulated::{SimulatedEnvironment, SimulatedThread};
+use snapfence_image_format::units::SECTOR_BYTES;
+use snapfenced::device::{Device, DeviceOptions};
+use snapfenced::vring::{InflightLog, RingFeatures, RingLayout};
+use snapfenced::worker::{QueueHandle, Start, Turn, Worker, WorkerHandle};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::driver::{Driver, NEXT, Piece, readable, writable};
+use super::model::{Model, filled, range};
+use super::support::Answer;
+
+pub(crate) const DISKS: [&str; 2] = ["vda", "vdb"];
+const QUEUES: u16 = 2;
+const QUEUE_SIZE: u16 = 16;
+const LAYOUT: RingLayout = RingLayout { size: QUEUE_SIZE, descriptors: 0x1000, available: 0x2000, used: 0x3000 };
+/// Requests that a queue has descriptors and memory for.
+const SLOTS: u16 = 5;
+const SLOTS_AT: u64 = 0x10000;
+const SLOT_BYTES: u64 = 0x3000;
+const MEMORY_BYTES: usize = 0x40000;
+/// Kinds of requests.
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+/// What no device ever writes as a status.
+const NO_STATUS: u8 = 0x5a;
+
+/// All that has happened, as one number.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    hash: u64,
+    shown: bool,
+}
+
+impl Trace {
+    pub(crate) fn new(shown: bool) -> Self {
+        Self { hash: 0xcbf2_9ce4_8422_2325, shown }
+    }
+
+    pub(crate) fn note(&mut self, what: std::fmt::Arguments<'_>) {
+        if self.shown {
+            eprintln!("{what}");
+        }
+        self.write_fmt(what).expect("it takes everything");
+    }
+
+    pub(crate) fn hash(&self) -> u64 {
+        self.hash
+    }
+}
+
+impl Write for Trace {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        for byte in text.bytes() {
+            self.hash = (self.hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        }
+        Ok(())
+    }
+}
+
+/// A request under way.
+#[derive(Debug)]
+enum Request {
+    Write(Range<u64>),
+    Read(Range<u64>),
+    Flush(Vec<(u64, u64)>),
+}
+
+struct Queue {
+    driver: Driver,
+    slots: [Option<Request>; SLOTS as usize],
+    /// Of the thread that serves it.
+    awake: Rc<Cell<bool>>,
+}
+
+struct Disk {
+    queues: Vec<Queue>,
+    log: InflightLog,
+    /// Of the daemon that runs.
+    handles: Vec<QueueHandle>,
+}
+
+/// What outlives daemons, and power cuts in part.
+pub(crate) struct Guest {
+    disks: Vec<Disk>,
+    pub(crate) model: Model,
+    pub(crate) chance: Chance,
+    pub(crate) trace: Trace,
+    /// Requests that it still wants to make.
+    pub(crate) wishes: u32,
+    /// Commands whose answers the client has not seen.
+    pub(crate) asked: Vec<(String, Answer)>,
+    pub(crate) completed: u64,
+}
+
+fn new_disk() -> Disk {
+    let limits = (QUEUES, QUEUE_SIZE);
+    let (layout, file) = InflightLog::create(QUEUES, QUEUE_SIZE, limits).expect("memory");
+    let queue = |_| {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).expect("anonymous memory");
+        Queue { driver: Driver::over(Arc::new(memory), LAYOUT, 0), slots: Default::default(), awake: Rc::default() }
+    };
+    let log = InflightLog::map(layout, file.into(), limits).expect("just made");
+    Disk { queues: (0..QUEUES).map(queue).collect(), log, handles: Vec::new() }
+}
+
+impl Guest {
+    pub(crate) fn new(seed: u64, shown: bool) -> Self {
+        Self {
+            disks: DISKS.map(|_| new_disk()).into(),
+            model: Model::new(DISKS.len()),
+            chance: Chance::new(seed ^ 0x9_0e57),
+            trace: Trace::new(shown),
+            wishes: 0,
+            asked: Vec::new(),
+            completed: 0,
+        }
+    }
+
+    /// The machine of the guest is gone, and comes again.
+    pub(crate) fn power_cut(&mut self) {
+        self.daemon_gone();
+        self.disks = DISKS.map(|_| new_disk()).into();
+    }
+
+    /// The daemon is gone. The guest sees nothing of that.
+    pub(crate) fn daemon_gone(&mut self) {
+        self.asked.clear();
+        self.model.daemon_gone();
+        for disk in &mut self.disks {
+            disk.handles.clear();
+        }
+    }
+
+    fn queues(&self) -> impl Iterator<Item = &Queue> {
+        self.disks.iter().flat_map(|disk| &disk.queues)
+    }
+
+    /// Whether nothing is under way and nothing wanted.
+    pub(crate) fn is_done(&self) -> bool {
+        self.wishes == 0 && self.queues().all(|queue| queue.slots.iter().all(Option::is_none))
+    }
+
+    fn has_work(&self) -> bool {
+        let in_flight = |queue: &Queue| queue.slots.iter().flatten().count();
+        let come_back = |queue: &Queue| in_flight(queue) > usize::from(queue.driver.outstanding());
+        self.queues().any(|queue| come_back(queue) || self.wishes > 0 && in_flight(queue) < usize::from(SLOTS))
+    }
+
+    /// Looks at a queue, and perhaps asks for something there.
+    fn turn(&mut self) {
+        let (disk, queue) = (self.chance.index(self.disks.len()), self.chance.index(usize::from(QUEUES)));
+        self.reap(disk, queue);
+        let answered = self.asked.iter().filter(|(_, answer)| answer.is_there()).map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        for name in &answered {
+            self.model.answered(name);
+        }
+        self.asked.retain(|(name, _)| !answered.contains(name));
+        if self.wishes > 0 {
+            self.submit(disk, queue);
+        }
+    }
+
+    fn reap(&mut self, disk: usize, number: usize) {
+        let queue = &mut self.disks[disk].queues[number];
+        for used in queue.driver.completed() {
+            let slot = used.head / 3;
+            let request = queue.slots[usize::from(slot)].take().expect("what comes back is under way, and comes once");
+            let at = SLOTS_AT + u64::from(slot) * SLOT_BYTES;
+            assert_eq!(queue.driver.read(at + 16, 1), [0], "{request:?} of disk {disk} succeeds");
+            self.trace.note(format_args!("{disk}.{number}: done {request:?}"));
+            self.completed += 1;
+            match request {
+                Request::Write(sectors) => self.model.write_completed(disk, sectors),
+                Request::Flush(covered) => self.model.flush_completed(disk, covered),
+                Request::Read(sectors) => {
+                    let len = usize::try_from((sectors.end - sectors.start) * SECTOR_BYTES).expect("small");
+                    self.model.read_completed(disk, sectors, &queue.driver.read(at + 0x1000, len));
+                }
+            }
+        }
+    }
+
+    /// Whether a request to these sectors would meet another one, reads among themselves excepted.
+    fn is_taken(&self, disk: usize, sectors: &Range<u64>, for_reading: bool) -> bool {
+        let meets = |other: &Range<u64>| other.start < sectors.end && sectors.start < other.end;
+        self.disks[disk].queues.iter().flat_map(|queue| queue.slots.iter().flatten()).any(|request| match request {
+            Request::Write(other) => meets(other),
+            Request::Read(other) => !for_reading && meets(other),
+            Request::Flush(_) => false,
+        })
+    }
+
+    fn submit(&mut self, disk: usize, number: usize) {
+        let Some(slot) = self.disks[disk].queues[number].slots.iter().position(Option::is_none) else { return };
+        let sectors = range(self.chance.index(3), self.chance.below(64), 1 + self.chance.below(8));
+        let kind = match self.chance.below(16) {
+            0..10 => OUT,
+            10..14 => IN,
+            _ => FLUSH,
+        };
+        if kind != FLUSH && self.is_taken(disk, &sectors, kind == IN) {
+            return;
+        }
+        self.wishes -= 1;
+        let at = SLOTS_AT + slot as u64 * SLOT_BYTES;
+        let (first, count) = (sectors.start, sectors.end - sectors.start);
+        let len = u32::try_from(count * SECTOR_BYTES).expect("small");
+        let driver = &mut self.disks[disk].queues[number].driver;
+        let (data, request) = match kind {
+            OUT => {
+                let id = self.model.write_submitted(disk, sectors.clone());
+                driver.write(at + 0x1000, &filled(id, count));
+                self.trace.note(format_args!("{disk}.{number}: write {id} to {sectors:?}"));
+                (Some(readable(at + 0x1000, len)), Request::Write(sectors))
+            }
+            IN => (Some(writable(at + 0x1000, len)), Request::Read(sectors)),
+            _ => (None, Request::Flush(self.model.flush_submitted(disk))),
+        };
+        self.trace.note(format_args!("{disk}.{number}: submit {request:?}"));
+        let first = if kind == FLUSH { 0 } else { first };
+        driver.write(at, &[&kind.to_le_bytes()[..], &[0; 4], &first.to_le_bytes()].concat());
+        driver.write(at + 16, &[NO_STATUS]);
+        let pieces: Vec<Piece> = [Some(readable(at, 16)), data, Some(writable(at + 16, 1))].into_iter().flatten().collect();
+        let head = u16::try_from(slot).expect("few") * 3;
+        for (index, &piece) in (head..).zip(&pieces) {
+            let flags = if usize::from(index - head) + 1 < pieces.len() { NEXT } else { 0 };
+            driver.descriptor(LAYOUT.descriptors, index, piece, flags, index + 1);
+        }
+        driver.offer(head);
+        let queue = &mut self.disks[disk].queues[number];
+        queue.slots[slot] = Some(request);
+        queue.awake.set(true);
+    }
+}
+
+/// The guest's processor.
+pub(crate) struct Processor(pub(crate) Rc<RefCell<Guest>>);
+
+impl SimulatedThread for Processor {
+    fn has_work(&self) -> bool {
+        self.0.borrow().has_work()
+    }
+
+    fn turn(&mut self) {
+        self.0.borrow_mut().turn();
+    }
+}
+
+/// A queue thread of the daemon. It begins with the first device.
+#[derive(Clone)]
+pub(crate) struct QueueThread {
+    executor: Executor,
+    /// Whether there is something to do: a kick, or what the last turn has left.
+    awake: Rc<Cell<bool>>,
+    worker: Rc<RefCell<Option<(Worker<SimulatedEnvironment, ()>, WorkerHandle<SimulatedEnvironment>)>>>,
+}
+
+impl QueueThread {
+    pub(crate) fn new(executor: Executor) -> Self {
+        Self { executor, awake: Rc::default(), worker: Rc::default() }
+    }
+
+    fn attach(&self, device: &Arc<Device<SimulatedEnvironment>>, index: u16, domain: &Arc<FenceDomain>) -> QueueHandle {
+        let mut worker = self.worker.borrow_mut();
+        let (_, handle) = worker.get_or_insert_with(|| Worker::new(self.executor.clone(), (), domain));
+        self.awake.set(true);
+        handle.attach(device, index)
+    }
+}
+
+impl SimulatedThread for QueueThread {
+    fn has_work(&self) -> bool {
+        self.worker.borrow().is_some() && (self.awake.get() || self.executor.has_ready())
+    }
+
+    fn turn(&mut self) {
+        let mut worker = self.worker.borrow_mut();
+        let (worker, _) = worker.as_mut().expect("it has work");
+        self.awake.set(worker.turn() == Turn::Busy);
+    }
+}
+
+/// Runs the rings of a device that the daemon begins to serve, each on a thread of its own.
+pub(crate) fn serve(
+    guest: &Rc<RefCell<Guest>>,
+    threads: &[QueueThread],
+    options: &snapfenced::options::DeviceOptions,
+    stack: &Arc<Stack<SimulatedEnvironment>>,
+    domain: &Arc<FenceDomain>,
+) {
+    let number = DISKS.iter().position(|disk| *disk == options.name).expect("a disk of the guest");
+    let shown = DeviceOptions {
+        name: options.name.clone(),
+        serial: options.serial.clone(),
+        read_only: options.read_only,
+        queues: QUEUES,
+        queue_size: QUEUE_SIZE,
+        on_no_space: options.on_no_space,
+    };
+    let device = Device::new(shown, Arc::clone(stack)).expect("good options");
+    // What the driver of a guest with a write-back cache accepts: FLUSH, CONFIG_WCE.
+    device.cache().set_features(1 << 9 | 1 << 11);
+    device.cache().set_write_back(true);
+    let disk = &mut guest.borrow_mut().disks[number];
+    for (index, queue) in (0..QUEUES).zip(&mut disk.queues) {
+        let thread = &threads[usize::from(index) % threads.len()];
+        let handle = thread.attach(&device, index, domain);
+        queue.awake = Rc::clone(&thread.awake);
+        let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
+        let _started = handle.start(Start {
+            layout: LAYOUT,
+            features: RingFeatures { event_idx: false, indirect: true },
+            base: 0,
+            memory: queue.driver.memory(),
+            record: disk.log.queue(index),
+            kick: kick.try_into().expect("an eventfd"),
+            call: None,
+            error: None,
+            enabled: true,
+        });
+        disk.handles.push(handle);
+    }
+}

@@ -1,0 +1,304 @@
+//! One run: lives of a daemon, each ended by a power cut or a kill, but for the last, which ends well.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use snapfence_image_format::chain::Format;
+use snapfence_image_format::qcow2::{CheckOptions, CreateOptions, check};
+use snapfence_image_format::storage::kept::TestKeeper;
+use snapfence_image_format::storage::simulated::{SimulatedEnvironment, Simulation};
+use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment, Location};
+use snapfence_image_format::units::SECTOR_BYTES;
+
+use super::guest::{DISKS, Guest, Processor, QueueThread, serve};
+use super::model::SECTORS;
+use super::support::{CatalogueFile, DISK, FOLDER, OnServe, World};
+
+/// Turns of all threads and the disk, at most, before a daemon is ended.
+const MOST_STEPS: u64 = 4000;
+/// Snapshots in one life, at most.
+const MOST_ROUNDS: u64 = 4;
+/// Requests of the guest around each, less eight.
+const MOST_WISHES: u64 = 24;
+/// Microseconds before each.
+const MOST_NAP: u64 = 2000;
+
+/// What one run has come to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// Of everything that has happened.
+    pub(crate) trace: u64,
+    pub(crate) requests: u64,
+    pub(crate) frozen: u64,
+    pub(crate) failed: u64,
+    pub(crate) power_cuts: u64,
+    pub(crate) kills: u64,
+    pub(crate) simulated: Duration,
+}
+
+/// What is there between daemons.
+struct Run {
+    guest: Rc<RefCell<Guest>>,
+    catalogue: CatalogueFile,
+    keeper: Arc<TestKeeper>,
+    /// Which disks are qcow2 images.
+    qcow2: [bool; DISKS.len()],
+    /// Whether a power cut has taken from the disks what the model still has.
+    unsettled: Rc<Cell<bool>>,
+    /// Oracle 5: the bytes of frozen layers.
+    layers: Rc<RefCell<BTreeMap<String, Vec<u8>>>>,
+    snapshots: Rc<Cell<u32>>,
+    failed: Rc<Cell<u64>>,
+}
+
+/// One life of a daemon, as its control thread needs it.
+#[derive(Clone)]
+struct Life {
+    world: World,
+    guest: Rc<RefCell<Guest>>,
+    qcow2: [bool; DISKS.len()],
+    unsettled: Rc<Cell<bool>>,
+    layers: Rc<RefCell<BTreeMap<String, Vec<u8>>>>,
+    snapshots: Rc<Cell<u32>>,
+    failed: Rc<Cell<u64>>,
+}
+
+fn image(disk: usize, qcow2: bool) -> String {
+    format!("{FOLDER}/{}.{}", DISKS[disk], if qcow2 { "qcow2" } else { "raw" })
+}
+
+fn format_of(path: &str) -> Format {
+    if path.ends_with(".raw") { Format::Raw } else { Format::Qcow2 }
+}
+
+impl Life {
+    async fn create(&self) {
+        for (disk, qcow2) in self.qcow2.into_iter().enumerate() {
+            let path = image(disk, qcow2);
+            if qcow2 {
+                self.world.create(&path, &CreateOptions::standalone(DISK)).await;
+            } else {
+                self.world.environment.put(&path, &vec![0; usize::try_from(DISK).expect("small")]);
+            }
+        }
+    }
+
+    /// Recovery, and then so many snapshots while the guest goes on.
+    async fn live(self, rounds: u64, looks: bool) {
+        self.world.manager.recover().await.unwrap_or_else(|error| panic!("recovery: {error}"));
+        for (disk, qcow2) in self.qcow2.into_iter().enumerate() {
+            let (name, path, format) = (DISKS[disk], image(disk, qcow2), if qcow2 { "qcow2" } else { "raw" });
+            let specification = format!("name={name},image={path},format={format},socket=/run/{name},queues=2,queue-size=16");
+            self.world.serve(&specification).await.unwrap_or_else(|error| panic!("{error}"));
+        }
+        self.look_at_snapshots(looks).await;
+        if self.unsettled.get() {
+            self.settle().await;
+        }
+        for _ in 0..rounds {
+            let nap = {
+                let guest = &mut *self.guest.borrow_mut();
+                guest.wishes += 8 + u32::try_from(guest.chance.below(MOST_WISHES)).expect("few");
+                Duration::from_micros(guest.chance.below(MOST_NAP))
+            };
+            self.world.environment.sleep_until(self.world.environment.now() + nap).await;
+            self.snapshot().await;
+        }
+        while !self.guest.borrow().is_done() {
+            self.world.pause().await;
+        }
+    }
+
+    async fn settle(&self) {
+        let mut found = Vec::new();
+        for disk in DISKS {
+            let view = self.world.manager.device(disk).expect("a device").stack.view();
+            let room = snapfence_image_format::buffer::AlignedBuffer::zeroed(usize::try_from(SECTORS * SECTOR_BYTES).expect("small"));
+            let (result, buffer) = view.read(snapfence_image_format::units::GuestOffset::ZERO, room.into()).await;
+            result.expect("readable");
+            found.push(buffer.into_owned());
+        }
+        let guest = &mut *self.guest.borrow_mut();
+        for (disk, bytes) in found.iter().enumerate() {
+            guest.model.settle(disk, bytes);
+        }
+        self.unsettled.set(false);
+        guest.trace.note(format_args!("settled"));
+    }
+
+    async fn snapshot(&self) {
+        let number = self.snapshots.get() + 1;
+        self.snapshots.set(number);
+        let name = format!("s{number}");
+        let members = match self.guest.borrow_mut().chance.below(6) {
+            0 => vec![0],
+            1 => vec![1],
+            _ => vec![0, 1],
+        };
+        let devices: Vec<Value> = members.iter().map(|disk| json!({ "device": DISKS[*disk] })).collect();
+        let answer = {
+            let guest = &mut *self.guest.borrow_mut();
+            guest.trace.note(format_args!("{name} of {members:?} is asked for"));
+            guest.model.asked(&name, members);
+            let answer = self.world.begin("snapshot-create", json!({ "name": name, "devices": devices }));
+            guest.asked.push((name.clone(), answer.clone()));
+            answer
+        };
+        let answered = answer.wait().await;
+        self.guest.borrow_mut().model.answered(&name);
+        if let Err(failure) = answered {
+            self.guest.borrow_mut().trace.note(format_args!("{name}: {}", failure.desc));
+            self.failed.set(self.failed.get() + 1);
+            return;
+        }
+        let info = self.world.settled(&name).await;
+        if info["state"] == "frozen" {
+            self.look_at(&name, &info).await;
+        } else {
+            self.failed.set(self.failed.get() + 1);
+        }
+        self.guest.borrow_mut().trace.note(format_args!("{name} is {}", info["state"]));
+    }
+
+    async fn look_at(&self, name: &str, info: &Value) {
+        let mut members = Vec::new();
+        for member in info["devices"].as_array().expect("a list") {
+            let layer = member["frozen_layer"].as_str().expect("a path");
+            let disk = DISKS.iter().position(|disk| member["device"] == *disk).expect("a disk");
+            members.push((disk, self.world.read_file_bytes(layer, format_of(layer), SECTORS * SECTOR_BYTES).await));
+            let bytes = self.world.environment.bytes(layer).expect("a file");
+            let mut layers = self.layers.borrow_mut();
+            let before = layers.entry(layer.to_owned()).or_insert_with(|| bytes.clone());
+            assert!(*before == bytes, "{layer} has changed since {name} was frozen");
+        }
+        self.guest.borrow_mut().model.look_at(name, members);
+    }
+
+    /// After a start, and at the end: what was frozen is so, and what it was.
+    async fn look_at_snapshots(&self, all: bool) {
+        let listed = self.world.done("snapshot-list", json!({})).await;
+        let mut missing = self.guest.borrow().model.frozen();
+        for info in listed.as_array().expect("a list") {
+            let name = info["name"].as_str().expect("a name");
+            let info = self.world.settled(name).await;
+            if info["state"] == "frozen" {
+                let seen = missing.remove(name);
+                if all || !seen {
+                    self.look_at(name, &info).await;
+                }
+            }
+        }
+        assert!(missing.is_empty(), "these were frozen and are not: {missing:?}");
+    }
+
+    /// Everything is looked at, the daemon stops, and oracle 6 has the images.
+    async fn end(self) {
+        self.look_at_snapshots(true).await;
+        self.world.manager.stop().await.expect("everything is durable");
+        let environment = &self.world.environment;
+        for path in environment.files() {
+            let is_image = path.extension().is_some_and(|extension| extension == "qcow2");
+            if !is_image || path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
+                continue;
+            }
+            if environment.bytes(&path).expect("a file").is_empty() {
+                continue; // An overlay that was being made.
+            }
+            check_image(environment, &path).await;
+        }
+    }
+}
+
+async fn check_image(environment: &SimulatedEnvironment, path: &Path) {
+    let file = environment.open(&Location::Trusted(path.to_owned()), Access::Read, CacheMode::Direct).await.expect("a file");
+    let report = check(&file, &CheckOptions::default()).await.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert_eq!((report.corruptions, report.contradictions), (0, 0), "{}: {:?}", path.display(), report.findings);
+}
+
+impl Run {
+    /// A daemon and the guest on this disk.
+    fn begin(&self, environment: SimulatedEnvironment) -> (Simulation, Life) {
+        let mut simulation = Simulation::on(environment.clone());
+        let threads: Vec<QueueThread> = (0..2).map(|_| QueueThread::new(simulation.new_executor())).collect();
+        for thread in &threads {
+            simulation.add_thread(thread.clone());
+        }
+        simulation.add_thread(Processor(Rc::clone(&self.guest)));
+        let guest = Rc::clone(&self.guest);
+        let on_serve: OnServe = Rc::new(move |options, stack, domain| serve(&guest, &threads, options, stack, domain));
+        let world = World::start_with(environment, self.catalogue.clone(), &[], Arc::clone(&self.keeper), Some(on_serve));
+        let life = Life {
+            world,
+            guest: Rc::clone(&self.guest),
+            qcow2: self.qcow2,
+            unsettled: Rc::clone(&self.unsettled),
+            layers: Rc::clone(&self.layers),
+            snapshots: Rc::clone(&self.snapshots),
+            failed: Rc::clone(&self.failed),
+        };
+        (simulation, life)
+    }
+}
+
+/// Runs a seed to its end.
+pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
+    let mut chance = Chance::new(seed);
+    let mut run = Run {
+        guest: Rc::new(RefCell::new(Guest::new(seed, shown))),
+        catalogue: CatalogueFile::default(),
+        keeper: Arc::default(),
+        qcow2: [chance.happens(2, 3), chance.happens(2, 3)],
+        unsettled: Rc::default(),
+        layers: Rc::default(),
+        snapshots: Rc::default(),
+        failed: Rc::default(),
+    };
+    let mut outcome = Outcome::default();
+    let mut environment = SimulatedEnvironment::new(chance.number());
+    {
+        let (mut simulation, life) = run.begin(environment.clone());
+        simulation.block_on(async move { life.create().await });
+    }
+    for _ in 0..1 + chance.below(2) {
+        let (mut simulation, life) = run.begin(environment.clone());
+        simulation.executor().spawn(life.live(1 + chance.below(MOST_ROUNDS), false));
+        let mut steps = chance.below(MOST_STEPS);
+        while steps > 0 && simulation.step() {
+            steps -= 1;
+        }
+        drop(simulation);
+        let guest = &mut *run.guest.borrow_mut();
+        guest.wishes = 0;
+        if chance.happens(1, 2) {
+            environment = environment.crash();
+            run.catalogue = run.catalogue.after_power_cut();
+            run.keeper.forget();
+            guest.power_cut();
+            run.unsettled.set(true);
+            outcome.power_cuts += 1;
+        } else {
+            environment = environment.killed();
+            run.catalogue = run.catalogue.after_kill();
+            guest.daemon_gone();
+            outcome.kills += 1;
+        }
+        guest.trace.note(format_args!("the daemon is gone; unsettled {}, at {:?}", run.unsettled.get(), environment.now()));
+    }
+    let (mut simulation, life) = run.begin(environment.clone());
+    simulation.block_on(async move {
+        life.clone().live(1, true).await;
+        life.end().await;
+    });
+    let guest = run.guest.borrow();
+    outcome.trace = guest.trace.hash();
+    outcome.requests = guest.completed;
+    outcome.frozen = guest.model.frozen().len() as u64;
+    outcome.failed = run.failed.get();
+    outcome.simulated = environment.now();
+    outcome
+}
