@@ -1,5 +1,6 @@
 # make demo    a guest boots from snapfence stacks and is snapshotted live; ends with a table and a plot
 # make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests
+# make sim     the whole daemon in a simulation, as many runs as SEEDS says
 # make build   the programs, optimised
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot
 # make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz)
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test build bench fuzz guest install install-fuzzer fmt fmt-check lint doc clean
+.PHONY: demo test sim build bench fuzz guest install install-fuzzer fmt fmt-check lint doc clean
 
 # Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -19,6 +20,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # The folder that cargo builds into; the scripts use the same.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO_ARGUMENTS ?=
+SEEDS ?= 20000
 
 demo: install
 	@cargo build --release --workspace --bins
@@ -29,6 +31,9 @@ test: install fmt-check lint doc
 	@cargo build --workspace --bins
 	@tests/guest/build.sh root
 	@tests/run.sh
+
+sim:
+	@SNAPFENCE_SEEDS=$(SEEDS) cargo test --package snapfenced --test simulation nothing_is_lost -- --nocapture
 
 build: install
 	@cargo build --release --workspace --bins

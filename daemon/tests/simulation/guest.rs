@@ -259,13 +259,15 @@ impl SimulatedThread for Processor {
     }
 }
 
+type Working = (Worker<SimulatedEnvironment, ()>, WorkerHandle<SimulatedEnvironment>);
+
 /// A queue thread of the daemon. It begins with the first device.
 #[derive(Clone)]
 pub(crate) struct QueueThread {
     executor: Executor,
     /// Whether there is something to do: a kick, or what the last turn has left.
     awake: Rc<Cell<bool>>,
-    worker: Rc<RefCell<Option<(Worker<SimulatedEnvironment, ()>, WorkerHandle<SimulatedEnvironment>)>>>,
+    worker: Rc<RefCell<Option<Working>>>,
 }
 
 impl QueueThread {

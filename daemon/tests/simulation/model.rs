@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use snapfence_image_format::units::SECTOR_BYTES;
 
-/// Where guests write: three places that share neither a block nor, the last two, a cluster. First sectors.
-const REGIONS: [u64; 3] = [0, 120, 1000];
+/// Where guests write: three places, the second with a part of both clusters. First sectors.
+const REGIONS: [u64; 3] = [0, 120, 240];
 /// Sectors of each place.
 const REGION_SECTORS: u64 = 12;
 /// Sectors of a disk that are looked at.
-pub(crate) const SECTORS: u64 = 1012;
+pub(crate) const SECTORS: u64 = 256;
 
 /// A write to one sector.
 #[derive(Clone, Copy, Debug)]

@@ -17,7 +17,7 @@ use snapfence_image_format::units::SECTOR_BYTES;
 
 use super::guest::{DISKS, Guest, Processor, QueueThread, serve};
 use super::model::SECTORS;
-use super::support::{CatalogueFile, DISK, FOLDER, OnServe, World};
+use super::support::{CatalogueFile, FOLDER, OnServe, World};
 
 /// Turns of all threads and the disk, at most, before a daemon is ended.
 const MOST_STEPS: u64 = 4000;
@@ -81,9 +81,9 @@ impl Life {
         for (disk, qcow2) in self.qcow2.into_iter().enumerate() {
             let path = image(disk, qcow2);
             if qcow2 {
-                self.world.create(&path, &CreateOptions::standalone(DISK)).await;
+                self.world.create(&path, &CreateOptions::standalone(SECTORS * SECTOR_BYTES)).await;
             } else {
-                self.world.environment.put(&path, &vec![0; usize::try_from(DISK).expect("small")]);
+                self.world.environment.put(&path, &vec![0; usize::try_from(SECTORS * SECTOR_BYTES).expect("small")]);
             }
         }
     }
