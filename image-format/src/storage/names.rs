@@ -21,7 +21,7 @@ pub(super) enum Entry<F> {
 }
 
 /// Absolute paths without `.` and `..`, and what they stand for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Names<F> {
     entries: BTreeMap<PathBuf, Entry<F>>,
 }

@@ -153,6 +153,14 @@ impl SparseBytes {
         bytes
     }
 
+    /// The pages that hold anything but zeros: where each begins, and its bytes.
+    pub(super) fn filled_pages(&self) -> impl Iterator<Item = (u64, &[u8; PAGE_LEN])> {
+        self.pages.iter().filter_map(|(number, page)| {
+            let page = page.as_deref().filter(|page| **page != [0; PAGE_LEN])?;
+            Some((number * PAGE, page))
+        })
+    }
+
     fn zero(&mut self, start: u64, end: u64) {
         let touched: Vec<u64> = self.pages.range(start / PAGE..end.div_ceil(PAGE)).map(|(number, _)| *number).collect();
         for number in touched {

@@ -336,6 +336,43 @@ impl Disk {
         }
     }
 
+    /// The bytes of a file that are durable.
+    pub(super) fn durable(&self, inode: u64) -> &SparseBytes {
+        &self.files.get(&inode).expect("files stay for ever").durable
+    }
+
+    /// The changes of a file that no flush has covered, oldest first, with their numbers.
+    pub(super) fn waiting(&self, inode: u64) -> impl Iterator<Item = (u64, &FileChange)> {
+        self.files.get(&inode).expect("files stay for ever").waiting.iter().map(|waiting| (waiting.number, &waiting.change))
+    }
+
+    /// All that may stand in the directories after a crash.
+    pub(super) fn possible_names(&self) -> Vec<Names<u64>> {
+        let mut possible = vec![self.durable_names.clone()];
+        for waiting in &self.waiting_names {
+            for mut names in possible.clone() {
+                waiting.change.apply(&mut names);
+                if !possible.contains(&names) {
+                    possible.push(names);
+                }
+            }
+        }
+        possible
+    }
+
+    /// A disk with these names and files, all of it durable.
+    pub(super) fn with(&self, names: Names<u64>, files: impl Iterator<Item = (u64, SparseBytes)>) -> Self {
+        let durable = |bytes: SparseBytes| File { visible: bytes.clone(), durable: bytes, waiting: Vec::new() };
+        Self {
+            files: files.map(|(inode, bytes)| (inode, durable(bytes))).collect(),
+            durable_names: names.clone(),
+            names,
+            waiting_names: Vec::new(),
+            next_inode: self.next_inode,
+            next_change: self.next_change,
+        }
+    }
+
     fn file(&mut self, inode: u64) -> &mut File {
         self.files.get_mut(&inode).expect("files stay for ever")
     }

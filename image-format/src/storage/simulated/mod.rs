@@ -8,6 +8,7 @@ mod crash;
 mod disk;
 mod fault;
 mod simulation;
+mod space;
 mod world;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 pub use fault::{Fault, FaultEffect, Operation, OperationKind};
 pub use simulation::{SimulatedThread, Simulation};
+pub use space::{CrashSpace, CrashState};
 
 use self::crash::CrashStates;
 use self::disk::Disk;
@@ -230,6 +232,12 @@ impl SimulatedEnvironment {
         let states = CrashStates::new(world.disk_at_crash(), limit, chance.fork());
         let now = world.now;
         states.map(move |disk| Self::with_disk(chance.number(), disk, now))
+    }
+
+    /// All disks that may be found if the power went off now. This environment goes on undisturbed.
+    pub fn crash_space(&self) -> CrashSpace {
+        let world = lock(&self.world);
+        CrashSpace::new(world.disk_at_crash(), world.now)
     }
 
     /// The disk as it is found after an orderly end: everything that took effect is there.
