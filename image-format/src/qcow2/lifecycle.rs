@@ -78,6 +78,9 @@ impl<E: Environment> Qcow2<E> {
 
     pub(crate) async fn freeze(&self, readers_gone: impl Future<Output = ()>) -> Result<(), LayerError> {
         let inner = &self.inner;
+        // One at a time: every snapshot above freezes what is beneath it, and whoever comes second must find everything or nothing done. With the
+        // refcounts gone all clusters would look free, and be cut off.
+        let _turn = inner.freeze_turn.take().await;
         if inner.phase.get() == Phase::ReadOnly {
             return inner.admit_flush();
         }

@@ -75,7 +75,7 @@ pub struct Qcow2<E: Environment> {
 /// What is open of an image.
 ///
 /// Lock order, first to last; none is held across an await: a shard of `busy`, a slice, `l1`, then any one of `dirty`, `unmapped`,
-/// `allocator`, `metadata`, `header`. Turns (held across awaits): a round of `rounds` or the `table_turn`, then the `refcount_turn`.
+/// `allocator`, `metadata`, `header`. Turns (held across awaits): the `freeze_turn`, a round of `rounds` or the `table_turn`, then the `refcount_turn`.
 #[derive(Debug)]
 struct Inner<E: Environment> {
     file: E::File,
@@ -101,6 +101,8 @@ struct Inner<E: Environment> {
     refcount_turn: Turn,
     /// Whoever makes an L2 table.
     table_turn: Turn,
+    /// Whoever freezes the image.
+    freeze_turn: Turn,
     metadata: RwLock<MetadataMap>,
     /// Number of the first cluster at which no guest data can be, because the file ends before.
     data_limit: AtomicU64,
@@ -135,6 +137,7 @@ impl<E: Environment> Inner<E> {
             allocator: Mutex::new(Allocator::new(geometry, no_refcounts, 0, 0, None)),
             refcount_turn: Turn::default(),
             table_turn: Turn::default(),
+            freeze_turn: Turn::default(),
             metadata: RwLock::default(),
             data_limit: AtomicU64::new(0),
             opened_clusters: 0,
