@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use snapfenced::vring::{GuestMemory, Ring, RingFeatures, RingLayout, Used};
 
 /// Seeds where nobody asks for another number.
-const SEEDS: u64 = 1000;
+const SEEDS: u64 = 300;
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|value| value.parse().unwrap_or_else(|error| panic!("{variable}: {error}")))
