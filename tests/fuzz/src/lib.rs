@@ -5,7 +5,7 @@
 //! - [`qcow2`]: an image together with what is done to it.
 //! - [`vhost_user`]: messages of a front-end, with descriptors.
 //! - [`virtqueue`]: descriptor chains, in memory that changes while it is read.
-//! - [`source`]: takes an input apart.
+//! - `source`: takes an input apart.
 //!
 //! `make fuzz` sends inputs through them that libFuzzer makes (targets/); `cargo test` those of the corpus (tests/replay.rs).
 

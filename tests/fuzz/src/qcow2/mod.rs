@@ -1,6 +1,6 @@
 //! An image that a stranger has written, and what a guest then does with it.
 //!
-//! An input chooses a sound image ([`images`]), damages it, and goes on with operations. Whatever the damage, nothing panics. If our check finds no
+//! An input chooses a sound image (module `images`), damages it, and goes on with operations. Whatever the damage, nothing panics. If our check finds no
 //! corruption in the image, it is as good as one of our own: what is written is read again, what is not keeps what it had, and the check finds no
 //! corruption and no more leaks afterwards.
 
