@@ -107,7 +107,7 @@ async fn open_chain(directory: &Path, depth: usize) -> Result<Arc<Stack<UringEnv
     for number in 0..depth {
         let file = open_file(&layer_path(directory, number), Access::Read).await?;
         layers.push(Arc::new(match number {
-            0 => Layer::Raw(Raw::open(file, false)?),
+            0 => Layer::Raw(Raw::open(file, false).await?),
             _ => Layer::Qcow2(Qcow2::open(file, OpenOptions::reading()).await?),
         }));
     }

@@ -226,7 +226,7 @@ pub(crate) fn stack(stack: &StackInfo) -> String {
             format!("{branch} {}", name.display()),
             format.to_string(),
             bytes(*virtual_size),
-            format!("{} allocated", bytes(*allocated_bytes)),
+            allocated_bytes.map_or_else(|| "size unknown".to_owned(), |allocated| format!("{} allocated", bytes(allocated))),
             state,
         ]);
     }
@@ -274,7 +274,7 @@ mod tests {
             file: file.into(),
             format,
             virtual_size: 1 << 30,
-            allocated_bytes,
+            allocated_bytes: Some(allocated_bytes),
             snapshot: snapshot.map(str::to_owned),
             state,
         };

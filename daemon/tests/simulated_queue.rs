@@ -79,6 +79,11 @@ fn create_qcow2(simulation: &mut Simulation, path: &str, options: CreateOptions)
     simulation.block_on(async move { environment.flush_directory(Path::new("/")).await }).expect("a durable name");
 }
 
+fn open_raw(simulation: &mut Simulation, path: &str, access: Access) -> Arc<Layer<SimulatedEnvironment>> {
+    let file = open(simulation, path, access);
+    Arc::new(Layer::Raw(simulation.block_on(Raw::open(file, access == Access::Write)).expect("an image")))
+}
+
 fn open_qcow2(simulation: &mut Simulation, path: &str) -> Arc<Layer<SimulatedEnvironment>> {
     let file = open(simulation, path, Access::Write);
     Arc::new(Layer::Qcow2(simulation.block_on(Qcow2::open(file, OpenOptions::writing())).expect("an image")))
@@ -94,7 +99,7 @@ impl Setting {
             open_qcow2(&mut simulation, "/disk")
         } else {
             environment.put("/disk", &vec![0; DISK_BYTES as usize]);
-            Arc::new(Layer::Raw(Raw::open(open(&mut simulation, "/disk", Access::Write), true).expect("an image")))
+            open_raw(&mut simulation, "/disk", Access::Write)
         };
         Self::over(simulation, vec![layer])
     }
@@ -424,7 +429,7 @@ fn requests_elsewhere_do_not_wait_for_a_mapping_table() {
 fn requests_elsewhere_do_not_wait_for_a_fill_from_below() {
     let mut simulation = Simulation::new(seed());
     simulation.environment().put("/base", &vec![3; LARGE_DISK_BYTES as usize]);
-    let base = Arc::new(Layer::Raw(Raw::open(open(&mut simulation, "/base", Access::Read), false).expect("an image")));
+    let base = open_raw(&mut simulation, "/base", Access::Read);
     create_qcow2(&mut simulation, "/overlay", CreateOptions::overlay(LARGE_DISK_BYTES, "/base", "raw"));
     let overlay = open_qcow2(&mut simulation, "/overlay");
     others_do_not_wait(Setting::over(simulation, vec![base, overlay]), "/base", OUT, 3);

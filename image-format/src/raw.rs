@@ -39,8 +39,8 @@ impl<E: Environment> Raw<E> {
     ///
     /// # Errors
     /// If the length cannot be found out or, for writing, is not a number of whole sectors. For reading the last sector is filled with zeros.
-    pub fn open(file: E::File, writable: bool) -> Result<Self, RawOpenError> {
-        let len = file.length().map_err(RawOpenError::Length)?;
+    pub async fn open(file: E::File, writable: bool) -> Result<Self, RawOpenError> {
+        let len = file.length().await.map_err(RawOpenError::Length)?;
         if writable && !len.is_multiple_of(SECTOR_BYTES) {
             return Err(RawOpenError::Ragged(len));
         }
@@ -130,7 +130,7 @@ mod tests {
     async fn open(environment: &SimulatedEnvironment) -> Raw<SimulatedEnvironment> {
         let at = Location::Trusted(Path::new("/a.raw").to_owned());
         let file = environment.open(&at, Access::Write, CacheMode::Direct).await.expect("the file is there");
-        Raw::open(file, true).expect("whole sectors")
+        Raw::open(file, true).await.expect("whole sectors")
     }
 
     /// As Linux has it, one of two flushes that lose the same pages is told.

@@ -74,7 +74,7 @@ async fn cost(environment: SimulatedEnvironment, overlays: u64, seed: u64) -> Co
     for number in 0..=overlays {
         let file = open(&environment, &format!("/{number}"), Access::Read).await;
         layers.push(Arc::new(match number {
-            0 => Layer::Raw(Raw::open(file, false).expect("an image")),
+            0 => Layer::Raw(Raw::open(file, false).await.expect("an image")),
             _ => Layer::Qcow2(Qcow2::open(file, OpenOptions::reading()).await.expect("an image")),
         }));
     }

@@ -24,7 +24,7 @@ fn with_raw_stack<F: Future<Output = ()>>(read_only: bool, test: impl FnOnce(Arc
         let place = Location::Trusted(PathBuf::from("/disk.raw"));
         let access = if read_only { Access::Read } else { Access::Write };
         let file = inner.open(&place, access, CacheMode::Direct).await.expect("the file was put there");
-        let layer = Layer::Raw(Raw::open(file, !read_only).expect("a whole number of sectors"));
+        let layer = Layer::Raw(Raw::open(file, !read_only).await.expect("a whole number of sectors"));
         let domain = FenceDomain::new(|| Duration::ZERO);
         test(Stack::new(inner, &domain, vec![Arc::new(layer)], read_only)).await;
     });

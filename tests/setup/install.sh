@@ -26,6 +26,7 @@ packages=(
 	fio busybox-static jq                         # load generator; the guest's shell; JSON in scripts
 	python3 python3-venv python3-pip              # a stock QMP client
 	mount procps
+	fuse2fs                                       # a file server that can be made to hang
 )
 python_packages=(qemu.qmp==0.0.6)
 cargo_fuzz=0.13.2

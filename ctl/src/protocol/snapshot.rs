@@ -176,8 +176,9 @@ pub struct LayerInfo {
     pub format: ImageFormat,
     /// Size of the disk that it describes, in bytes.
     pub virtual_size: u64,
-    /// Space that the file takes on its own medium, in bytes.
-    pub allocated_bytes: u64,
+    /// Space that the file takes on its own medium, in bytes; absent if the medium does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocated_bytes: Option<u64>,
     /// The snapshot that froze it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,

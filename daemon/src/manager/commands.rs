@@ -53,7 +53,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             let name = command.name();
             let result = manager.carry_out(command).await;
             if let Err(failure) = &result {
-                tracing::info!(event = "command_refused", command = name, cause = %failure.desc, "nothing was done");
+                tracing::info!(event = "command_refused", command = name, cause = %failure.desc, "a command was answered with an error");
             }
             reply.send(result);
         });
@@ -80,6 +80,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             Command::SnapshotShow(asked) => answer(self.snapshot_show(&asked.name).await?),
             Command::StackShow(asked) => {
                 let device = self.device(&asked.device).ok_or_else(|| Failure::no_device(&asked.device))?;
+                self.measure(std::slice::from_ref(&device)).await;
                 answer::<StackInfo>(device.stack_info())
             }
             Command::QueryJobs(_) => answer(self.jobs.list()),
@@ -87,7 +88,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 self.jobs.cancel(&asked.id).map_err(Failure::generic)?;
                 answer(Empty {})
             }
-            Command::QueryNamedBlockNodes(_) => answer::<Vec<BlockNode>>(self.block_nodes()),
+            Command::QueryNamedBlockNodes(_) => {
+                self.measure(&self.devices()).await;
+                answer::<Vec<BlockNode>>(self.block_nodes())
+            }
             Command::Transaction(transaction) => {
                 let members = transaction.actions.into_iter().map(|action| self.member_of_action(action)).collect::<Result<Vec<_>, _>>()?;
                 self.cut_as_qemu_does(members).await?;

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use snapfence::protocol::{
@@ -10,9 +11,10 @@ use snapfence::protocol::{
 use snapfence_image_format::chain::ChainLayer;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::stack::Stack;
-use snapfence_image_format::storage::{CacheMode, Environment, FileIdentity, Storage};
+use snapfence_image_format::storage::{CacheMode, Environment, FileIdentity};
 
 use super::host::{Export, Host};
+use super::sizes::Sizes;
 use crate::catalogue::LayerRecord;
 use crate::options::{DeviceOptions, image_format};
 use crate::snapshot::DeviceFacts;
@@ -32,6 +34,7 @@ pub struct Device<E: Environment, H: Host<E>> {
     pub(crate) leaving: Cell<bool>,
     /// A snapshot of it is under way.
     pub(crate) in_snapshot: Cell<bool>,
+    pub(crate) sizes: Rc<Sizes>,
 }
 
 /// One layer and what is known of it beside what the stack knows.
@@ -157,14 +160,13 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
         }
     }
 
-    /// As `stack-show` shows it, the top first.
+    /// As `stack-show` shows it, the top first, with the sizes found out last.
     pub fn stack_info(&self) -> StackInfo {
         let describe = |layer: &DeviceLayer<E>| LayerInfo {
             file: layer.record.path.clone(),
             format: image_format(layer.record.format),
             virtual_size: layer.layer.virtual_size(),
-            // A file whose size cannot be told still has its place in the tree.
-            allocated_bytes: layer.layer.file().allocated_bytes().unwrap_or(0),
+            allocated_bytes: self.sizes.of(layer.identity),
             snapshot: layer.snapshot.clone(),
             state: layer.state,
         };
@@ -187,7 +189,7 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
             filename: file.clone(),
             format: layer.record.format.name().to_owned(),
             virtual_size: layer.layer.virtual_size(),
-            actual_size: layer.layer.file().allocated_bytes().ok(),
+            actual_size: self.sizes.of(layer.identity),
             // Of an open image; reference counts are never updated late.
             dirty_flag: false,
             cluster_size: layer.layer.cluster_bytes(),

@@ -12,6 +12,7 @@ mod nodes;
 mod open;
 mod places;
 mod recover;
+mod sizes;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};

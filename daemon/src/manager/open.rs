@@ -287,6 +287,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             export: RefCell::new(Some(export)),
             leaving: Cell::new(false),
             in_snapshot: Cell::new(false),
+            sizes: Rc::default(),
         });
         if let Err(error) = self.record_device(&device, record).await {
             // What is reported is the first failure.

@@ -317,7 +317,7 @@ async fn adopt<E: Environment>(
     if let Some(dependant) = others.protected.dependant(identity) {
         return Err(OverlayCause::Protected(dependant));
     }
-    chain::lock_file(&file, true)?;
+    chain::lock_file(&file, true).await?;
     let header = Header::read(&file).await?;
     covers(environment, below, path, &header).await?;
     let image = Layer::Qcow2(Qcow2::open_with_header(file, header, OpenOptions::writing()).await?);

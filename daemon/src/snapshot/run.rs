@@ -428,7 +428,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let took = self.environment.now().saturating_sub(began);
         if result.is_ok() {
             // Readers of a file that does not change any more need not be kept away; failing to tell them harms nobody.
-            if let Err(error) = old.layer.file().set_sharing(Sharing::Reader) {
+            if let Err(error) = old.layer.file().set_sharing(Sharing::Reader).await {
                 tracing::warn!(event = "lock_not_lowered", layer = %old.record.path.display(), cause = %error, "others cannot write it either way");
             }
             device.set_layer_state(old.identity, LayerState::Frozen);

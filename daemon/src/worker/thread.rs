@@ -2,22 +2,28 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use snapfence_image_format::stack::FenceDomain;
 use snapfence_image_format::storage::Environment;
 use snapfence_image_format::storage::uring::{Reactor, Wait};
-use tracing::error;
+use tracing::{error, warn};
 
 use super::{Turn, Worker, WorkerHandle};
 
-/// A thread that serves queues. Ends when it is dropped, after the requests in flight.
+/// How long the end of a thread is waited for: whoever ends it has waited for the requests that it serves before.
+const LAST_WAIT: Duration = Duration::from_secs(1);
+
+/// A thread that serves queues. Ends when it is dropped, after the requests in flight; if those hang, it is left to the end of the process.
 #[derive(Debug)]
 pub struct WorkerThread<E: Environment> {
     handle: WorkerHandle<E>,
     thread: Option<JoinHandle<()>>,
+    /// Disconnected when the thread is at its end.
+    alive: Mutex<Receiver<()>>,
 }
 
 impl<E: Environment> WorkerThread<E> {
@@ -28,7 +34,9 @@ impl<E: Environment> WorkerThread<E> {
     pub fn spawn(name: String, entries: u32, domain: &Arc<FenceDomain>) -> io::Result<Self> {
         let domain = Arc::clone(domain);
         let (sender, receiver) = sync_channel(1);
+        let (living, alive) = channel();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let _living = living;
             let reactor = match Reactor::new(entries) {
                 Ok(reactor) => reactor,
                 Err(error) => return drop(sender.send(Err(error))),
@@ -39,7 +47,7 @@ impl<E: Environment> WorkerThread<E> {
             }
         })?;
         let handle = receiver.recv().map_err(|_| io::Error::other("the thread ended before it began"))??;
-        Ok(Self { handle, thread: Some(thread) })
+        Ok(Self { handle, thread: Some(thread), alive: Mutex::new(alive) })
     }
 
     /// The way to the worker.
@@ -51,10 +59,14 @@ impl<E: Environment> WorkerThread<E> {
 impl<E: Environment> Drop for WorkerThread<E> {
     fn drop(&mut self) {
         self.handle.end();
-        if let Some(thread) = self.thread.take() {
-            // It does not panic: see `run`.
-            let _ = thread.join();
+        let Some(thread) = self.thread.take() else { return };
+        let alive = self.alive.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if alive.recv_timeout(LAST_WAIT) == Err(RecvTimeoutError::Timeout) {
+            warn!(event = "worker_left", thread = thread.thread().name(), "its requests do not end: it ends with the process");
+            return;
         }
+        // It does not panic: see `run`.
+        let _ = thread.join();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -122,12 +122,17 @@ impl Daemon {
         rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).expect("a living process");
     }
 
-    pub(crate) fn await_clean_end(mut self) {
+    pub(crate) fn await_clean_end(self) {
+        let status = self.await_end();
+        assert!(status.success(), "{status}");
+    }
+
+    /// Waits until it has ended.
+    pub(crate) fn await_end(mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("a child") {
-                assert!(status.success(), "{status}");
-                return;
+                return status;
             }
             assert!(Instant::now() < deadline, "it does not end");
             std::thread::sleep(POLL);

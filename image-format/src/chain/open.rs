@@ -206,10 +206,10 @@ async fn open_limited<E: Environment>(
             return Err(failed(ChainCause::Protected { dependant }));
         }
         if locked {
-            lock_file(&file, writable).map_err(failed)?;
+            lock_file(&file, writable).await.map_err(failed)?;
         }
         let layer = match format {
-            Format::Raw => Layer::Raw(Raw::open(file, writable).map_err(|error| failed(error.into()))?),
+            Format::Raw => Layer::Raw(Raw::open(file, writable).await.map_err(|error| failed(error.into()))?),
             Format::Qcow2 => {
                 let mut header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
                 let mut file = file;
@@ -219,7 +219,7 @@ async fn open_limited<E: Environment>(
                     drop(file);
                     restore(environment, &location, &options).await.map_err(failed)?;
                     file = open_file(environment, &location, false, options.cache).await.map_err(failed)?;
-                    lock_file(&file, false).map_err(failed)?;
+                    lock_file(&file, false).await.map_err(failed)?;
                     header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
                 }
                 next = backing(&path, &header, options.allowed).map_err(failed)?;
@@ -254,7 +254,7 @@ fn has_left(header: &Header, keeper: Option<&Arc<dyn MemoryKeeper>>) -> bool {
 /// Writes to an image what its last process had no time for.
 async fn restore<E: Environment>(environment: &E, location: &Location, options: &ChainOptions<'_>) -> Result<(), ChainCause> {
     let file = open_file(environment, location, true, options.cache).await?;
-    lock_file(&file, true)?;
+    lock_file(&file, true).await?;
     let image = Qcow2::<E>::open(file, OpenOptions { keeper: options.keeper.cloned(), ..OpenOptions::writing() }).await?;
     let layer = Layer::Qcow2(image);
     layer.freeze().await.map_err(OpenError::Layer)?;
@@ -292,9 +292,9 @@ pub async fn open_file<E: Environment>(
 ///
 /// # Errors
 /// If another program excludes that.
-pub fn lock_file(file: &impl Storage, writable: bool) -> Result<(), ChainCause> {
+pub async fn lock_file(file: &impl Storage, writable: bool) -> Result<(), ChainCause> {
     let sharing = if writable { Sharing::Writer } else { Sharing::Reader };
-    file.set_sharing(sharing).map_err(|error| match error.kind() {
+    file.set_sharing(sharing).await.map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => ChainCause::InUse { writing: writable },
         _ => ChainCause::Lock(error),
     })
@@ -315,7 +315,7 @@ async fn open_data_file<E: Environment>(
     }
     let file = open_file(environment, &location, false, options.cache).await?;
     if locked {
-        lock_file(&file, false)?;
+        lock_file(&file, false).await?;
     }
     Ok(Some(file))
 }

@@ -405,7 +405,7 @@ impl<E: Environment> Inner<E> {
             Err(refused) if refused.kind() == io::ErrorKind::Unsupported => {}
             result => return result.map_err(error),
         }
-        if self.file.length().map_err(error)? < end.get() { self.file.set_len(end.get()).await.map_err(error) } else { Ok(()) }
+        if self.file.length().await.map_err(error)? < end.get() { self.file.set_len(end.get()).await.map_err(error) } else { Ok(()) }
     }
 
     /// Reads a refcount block into memory, if it exists and is not there.

@@ -237,7 +237,7 @@ impl Header {
     /// # Errors
     /// If the file cannot be read, is no qcow2 image, or its header makes no sense.
     pub async fn read(file: &impl Storage) -> Result<Self, HeaderError> {
-        let file_len = file.length().map_err(HeaderError::Read)?;
+        let file_len = file.length().await.map_err(HeaderError::Read)?;
         if file_len < u64::from(V2_HEADER_BYTES) {
             return Err(HeaderError::TooShort(file_len));
         }

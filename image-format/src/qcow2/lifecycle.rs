@@ -145,7 +145,7 @@ impl<E: Environment> Inner<E> {
     async fn trim(&self, end: HostCluster) -> Result<(), LayerError> {
         let len = self.format.geometry.host_offset(end);
         let error = |error| LayerError::io("trim", Structure::File, len, error);
-        if self.file.length().map_err(error)? <= len.get() {
+        if self.file.length().await.map_err(error)? <= len.get() {
             return Ok(());
         }
         match self.file.set_len(len.get()).await {

@@ -147,7 +147,7 @@ async fn read_l1(file: &impl Storage, header: &Header) -> Result<L1, OpenError> 
     let at = header.l1_offset;
     let len = header.l1_entries as usize * 8;
     let read_error = |source| OpenError::Read { what: Structure::L1Table, at, source };
-    let file_len = file.length().map_err(read_error)?;
+    let file_len = file.length().await.map_err(read_error)?;
     let words = if len == 0 { Vec::new() } else { words_from(&file.read_bytes(at, len).await.map_err(read_error)?) };
     for (index, &word) in (0_u32..).zip(&words) {
         let table = decode_l1_entry(word, &header.geometry).map_err(|detail| OpenError::L1Entry { index, detail })?;
@@ -167,7 +167,7 @@ impl<E: Environment> Inner<E> {
         let geometry = self.format.geometry;
         let header = self.header().clone();
         let read_error = |source| OpenError::Read { what: Structure::File, at: HostOffset::ZERO, source };
-        let file_len = self.file.length().map_err(read_error)?;
+        let file_len = self.file.length().await.map_err(read_error)?;
         let table = read_refcount_table(&self.file, &header, file_len).await?;
         let refcounts = Refcounts::new(geometry, header.refcount_table_offset, header.refcount_table_clusters, table);
         let metadata = self.find_metadata(&header, &refcounts)?;

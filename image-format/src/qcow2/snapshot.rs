@@ -65,7 +65,7 @@ impl Snapshots {
     /// Reads and checks the table.
     pub(super) async fn read(file: &impl Storage, header: &Header) -> Result<Self, SnapshotError> {
         let snapshots = Self::read_unchecked(file, header).await?;
-        let file_len = file.length().map_err(|source| SnapshotError::Read { at: header.snapshots_offset, source })?;
+        let file_len = file.length().await.map_err(|source| SnapshotError::Read { at: header.snapshots_offset, source })?;
         for (index, snapshot) in (0_u32..).zip(&snapshots.list) {
             check_l1(index, snapshot, header, file_len)?;
         }
@@ -79,7 +79,7 @@ impl Snapshots {
             return Ok(snapshots);
         }
         let start = header.snapshots_offset;
-        let file_len = file.length().map_err(|source| SnapshotError::Read { at: start, source })?;
+        let file_len = file.length().await.map_err(|source| SnapshotError::Read { at: start, source })?;
         let mut reader = TableReader { file, at: start, end: HostOffset::new(file_len), buffered: Vec::new(), taken: 0, index: 0 };
         for index in 0..header.snapshot_count {
             reader.index = index;

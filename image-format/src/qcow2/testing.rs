@@ -74,7 +74,7 @@ impl Storage for MemoryFile {
         Ok(())
     }
 
-    fn length(&self) -> io::Result<u64> {
+    async fn length(&self) -> io::Result<u64> {
         Ok(self.bytes.lock().expect("no panics").len() as u64)
     }
 
@@ -83,8 +83,8 @@ impl Storage for MemoryFile {
         Ok(())
     }
 
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.length()
+    async fn allocated_bytes(&self) -> io::Result<u64> {
+        self.length().await
     }
 
     fn alignment(&self) -> u64 {
@@ -95,7 +95,7 @@ impl Storage for MemoryFile {
         FileIdentity { device: 0, inode: Arc::as_ptr(&self.bytes) as u64 }
     }
 
-    fn set_sharing(&self, _sharing: Sharing) -> io::Result<()> {
+    async fn set_sharing(&self, _sharing: Sharing) -> io::Result<()> {
         Ok(())
     }
 }

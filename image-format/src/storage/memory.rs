@@ -355,7 +355,7 @@ impl Storage for MemoryFile {
         lock(&self.content.bytes).punch(at.get(), len)
     }
 
-    fn length(&self) -> io::Result<u64> {
+    async fn length(&self) -> io::Result<u64> {
         Ok(lock(&self.content.bytes).len())
     }
 
@@ -364,7 +364,7 @@ impl Storage for MemoryFile {
         lock(&self.content.bytes).set_len(len)
     }
 
-    fn allocated_bytes(&self) -> io::Result<u64> {
+    async fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(lock(&self.content.bytes).allocated())
     }
 
@@ -376,7 +376,7 @@ impl Storage for MemoryFile {
         FileIdentity { device: 0, inode: self.content.inode }
     }
 
-    fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
+    async fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
         self.content.sharing.set(self.handle, sharing)
     }
 }
@@ -497,10 +497,10 @@ mod tests {
             assert_eq!(reader.read(HostOffset::new(1), buffer()).await.0.unwrap_err().kind(), io::ErrorKind::InvalidInput);
             let buffered = inner.open(&trusted("/a"), Access::Write, CacheMode::Buffered).await.unwrap();
             buffered.write(HostOffset::new(1), buffer()).await.0.unwrap();
-            buffered.set_sharing(Sharing::Writer).unwrap();
-            assert!(reader.set_sharing(Sharing::Reader).is_err());
+            buffered.set_sharing(Sharing::Writer).await.unwrap();
+            assert!(reader.set_sharing(Sharing::Reader).await.is_err());
             drop(buffered);
-            reader.set_sharing(Sharing::Reader).unwrap();
+            reader.set_sharing(Sharing::Reader).await.unwrap();
         });
         assert_eq!(environment.bytes("/a").unwrap()[..2], [1, 0]);
     }

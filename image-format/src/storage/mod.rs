@@ -70,7 +70,7 @@ pub trait Storage: std::fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// Whatever the medium reports.
-    fn length(&self) -> io::Result<u64>;
+    fn length(&self) -> impl Future<Output = io::Result<u64>>;
 
     /// Sets the length; new bytes read as zeros. A block device's cannot change: `Unsupported`.
     fn set_len(&self, len: u64) -> impl Future<Output = io::Result<()>>;
@@ -79,7 +79,7 @@ pub trait Storage: std::fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// Whatever the medium reports.
-    fn allocated_bytes(&self) -> io::Result<u64>;
+    fn allocated_bytes(&self) -> impl Future<Output = io::Result<u64>>;
 
     /// What positions and lengths of transfers must be a multiple of: 512 or, where the medium takes any, 1. Media that ask for more are
     /// opened through the page cache instead.
@@ -92,7 +92,7 @@ pub trait Storage: std::fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// `WouldBlock` if another program holds what excludes this; the locks are then as before.
-    fn set_sharing(&self, sharing: Sharing) -> io::Result<()>;
+    fn set_sharing(&self, sharing: Sharing) -> impl Future<Output = io::Result<()>>;
 }
 
 /// Conveniences over [`Storage`] for metadata, which lives in memory of our own.

@@ -148,7 +148,7 @@ impl Layout {
         drop(file);
         let location = Location::Trusted(image_path(number).into());
         let file = environment.open(&location, Access::Write, CacheMode::Direct).await.expect("the file is there");
-        file.set_sharing(Sharing::Writer).expect("nobody uses it");
+        file.set_sharing(Sharing::Writer).await.expect("nobody uses it");
         let header = Header::read(&file).await.expect("a header");
         let image = Qcow2::open_with_header(file, header, OpenOptions::writing()).await.expect("an image");
         let layer = Layer::Qcow2(image);

@@ -155,6 +155,6 @@ pub(crate) fn create(path: &Path, options: CreateOptions) {
     block_on(async move {
         let file = UringEnvironment.open(&location, Access::CreateNew, CacheMode::Buffered).await.expect("a new file");
         Qcow2::<UringEnvironment>::create(&file, &options).await.unwrap_or_else(|error| panic!("{options:?}: {error}"));
-        assert!(file.length().expect("a length") > 0);
+        assert!(file.length().await.expect("a length") > 0);
     });
 }

@@ -74,6 +74,8 @@ pub(crate) struct FileSubject;
 #[derive(Debug)]
 pub(crate) struct FileDisk {
     file: SimulatedFile,
+    /// In bytes.
+    size: u64,
     /// A flush has failed: no other, not even one under way then, proves anything any more.
     failed: Cell<bool>,
 }
@@ -88,8 +90,11 @@ impl Subject for FileSubject {
     }
 
     async fn open(self: Rc<Self>, environment: SimulatedEnvironment) -> Result<FileDisk, String> {
-        let file = environment.open(&Location::Trusted(FILE.into()), Access::Write, CacheMode::Direct).await;
-        file.map(|file| FileDisk { file, failed: Cell::new(false) }).map_err(|error| error.to_string())
+        let opened = async {
+            let file = environment.open(&Location::Trusted(FILE.into()), Access::Write, CacheMode::Direct).await?;
+            Ok::<_, io::Error>(FileDisk { size: file.length().await?, file, failed: Cell::new(false) })
+        };
+        opened.await.map_err(|error| error.to_string())
     }
 
     async fn close(self: Rc<Self>, disk: Arc<FileDisk>) -> Result<(), String> {
@@ -101,7 +106,7 @@ impl Disk for FileDisk {
     type Error = io::Error;
 
     fn size(&self) -> u64 {
-        self.file.length().expect("a simulated file tells its length")
+        self.size
     }
 
     async fn read(&self, at: GuestOffset, into: Buffer) -> (io::Result<()>, Buffer) {

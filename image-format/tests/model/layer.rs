@@ -228,7 +228,7 @@ impl Subject for RawSubject {
 
     async fn open(self: Rc<Self>, environment: SimulatedEnvironment) -> Result<LayerDisk, String> {
         let file = open_image(&environment, IMAGE, Access::Write).await?;
-        Ok(LayerDisk::new(Layer::Raw(Raw::open(file, true).map_err(|error| error.to_string())?)))
+        Ok(LayerDisk::new(Layer::Raw(Raw::open(file, true).await.map_err(|error| error.to_string())?)))
     }
 
     async fn close(self: Rc<Self>, disk: Arc<LayerDisk>) -> Result<(), String> {

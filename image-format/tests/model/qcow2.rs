@@ -57,7 +57,7 @@ impl Subject for Qcow2Subject {
 
     async fn open(self: Rc<Self>, environment: SimulatedEnvironment) -> Result<LayerDisk, String> {
         let file = open_image(&environment, IMAGE, Access::Write).await?;
-        file.set_sharing(snapfence_image_format::storage::Sharing::Writer).map_err(|error| error.to_string())?;
+        file.set_sharing(snapfence_image_format::storage::Sharing::Writer).await.map_err(|error| error.to_string())?;
         let header = Header::read(&file).await.map_err(|error| error.to_string())?;
         let image = Qcow2::open_with_header(file, header, OpenOptions::writing()).await.map_err(|error| error.to_string())?;
         Ok(LayerDisk::new(Layer::Qcow2(image)))

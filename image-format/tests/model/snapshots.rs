@@ -135,7 +135,7 @@ impl Snapshots {
         image: Image,
     ) -> Result<Vec<u8>, String> {
         let layer = Arc::clone(&layers[layers.len() - 1]);
-        layer.file().set_sharing(Sharing::Reader).map_err(|error| format!("the lock cannot be lowered: {error}"))?;
+        layer.file().set_sharing(Sharing::Reader).await.map_err(|error| format!("the lock cannot be lowered: {error}"))?;
         let file = Rc::new(self.environment.bytes(&image.path).expect("the file is there"));
         let stack = Stack::new(self.environment.clone(), &self.domain, layers, true);
         let content = Rc::new(read_stack(stack).await?);
@@ -176,7 +176,7 @@ impl Snapshots {
         self.environment.flush_directory(Path::new(DIRECTORY)).await.map_err(failed("flush the directory of"))?;
         let location = Location::Trusted(image.path.clone().into());
         let file = self.environment.open(&location, Access::Write, CacheMode::Direct).await.map_err(failed("open"))?;
-        file.set_sharing(Sharing::Writer).map_err(failed("lock"))?;
+        file.set_sharing(Sharing::Writer).await.map_err(failed("lock"))?;
         let header = Header::read(&file).await.map_err(|error| error.to_string())?;
         let layer = Qcow2::open_with_header(file, header, OpenOptions::writing()).await.map_err(|error| error.to_string())?;
         let layer = Layer::Qcow2(layer);

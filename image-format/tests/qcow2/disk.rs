@@ -28,7 +28,7 @@ pub(crate) async fn open_stack<E: Environment>(environment: &E, top: &Path, back
     if let Some((path, format)) = backing {
         let file = open_file(environment, &path, Access::Read).await;
         layers.push(Arc::new(match format {
-            "raw" => Layer::Raw(Raw::open(file, false).expect("whole sectors")),
+            "raw" => Layer::Raw(Raw::open(file, false).await.expect("whole sectors")),
             _ => Layer::Qcow2(Qcow2::open(file, OpenOptions::reading()).await.expect("the backing file opens")),
         }));
     }

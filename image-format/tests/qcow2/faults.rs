@@ -81,7 +81,7 @@ fn what_a_crash_leaves_behind_the_last_cluster_is_used_again() {
             let request = Request::new(Kind::Write, range(session << 16, 1 << 16), &mut Chance::new(session));
             request.send(&stack).await;
             stack.view().flush().await.expect("flushed");
-            stack.view().top().file().length().expect("a length")
+            stack.view().top().file().length().await.expect("a length")
         }));
         environment = environment.restarted();
     }
@@ -103,7 +103,7 @@ fn what_a_crash_leaves_uncounted_is_used_again() {
             let stack = open_stack(&inner, Path::new(IMAGE), None).await;
             let request = Request::new(Kind::Write, range(session << 16, 1 << 16), &mut Chance::new(session));
             request.send(&stack).await;
-            stack.view().top().file().length().expect("a length")
+            stack.view().top().file().length().await.expect("a length")
         }));
         environment = environment.restarted();
     }
@@ -281,7 +281,7 @@ fn holes_in_the_refcount_table_are_filled() {
         request.apply(&stack, &mut bytes).await;
         expect_disk(&stack, &bytes, "in the holes").await;
         stack.close().await.expect("closed");
-        assert!(stack.view().top().file().length().expect("a length") < len + (200 << 10), "the holes were not used");
+        assert!(stack.view().top().file().length().await.expect("a length") < len + (200 << 10), "the holes were not used");
         bytes
     });
     environment.export(IMAGE, scratch.path("a.qcow2")).expect("exported");
@@ -316,11 +316,11 @@ fn clusters_that_were_punched_out_get_space_before_they_are_used() {
         }
         inner.set_space_limit(None);
         layer.reserve(range(FAR, 1 << 16)).await.expect("there is room again").commit(|| {});
-        let length = layer.file().length().expect("a length");
+        let length = layer.file().length().await.expect("a length");
         for cluster in 1..100 {
             layer.reserve(range(FAR + (cluster << 16), 1 << 16)).await.expect("there is room again").commit(|| {});
         }
-        assert_eq!(layer.file().length().expect("a length"), length, "the clusters were not used again");
+        assert_eq!(layer.file().length().await.expect("a length"), length, "the clusters were not used again");
         layer.freeze().await.expect("frozen");
     });
     environment.export(IMAGE, scratch.path("a.qcow2")).expect("exported");

@@ -100,7 +100,7 @@ impl Layout {
         let mut layers = Vec::new();
         if self.backed {
             let file = open_file(environment, Path::new(BASE), Access::Read).await;
-            layers.push(Arc::new(Layer::Raw(Raw::open(file, false).expect("whole sectors"))));
+            layers.push(Arc::new(Layer::Raw(Raw::open(file, false).await.expect("whole sectors"))));
         }
         let file = open_file(environment, Path::new(IMAGE), Access::Write).await;
         let image = Qcow2::open(file, OpenOptions { keeper, ..OpenOptions::writing() }).await;

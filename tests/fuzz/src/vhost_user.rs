@@ -61,11 +61,14 @@ impl Served {
         let image = folder.path().join("disk");
         std::fs::File::create(&image).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
         let location = Location::Trusted(image);
-        let opening = async move { UringEnvironment.open(&location, Access::Write, CacheMode::Buffered).await };
-        let file = Reactor::new(8).expect("io_uring").block_on(opening).expect("a ring that works").expect("a file");
+        let opening = async move {
+            let file = UringEnvironment.open(&location, Access::Write, CacheMode::Buffered).await.expect("a file");
+            Raw::open(file, true).await.expect("an image")
+        };
+        let image = Reactor::new(8).expect("io_uring").block_on(opening).expect("a ring that works");
         let domain = FenceDomain::new(|| UringEnvironment.now());
         let thread = WorkerThread::spawn("queue".into(), 32, &domain).expect("a thread");
-        let layers = vec![std::sync::Arc::new(Layer::Raw(Raw::open(file, true).expect("an image")))];
+        let layers = vec![std::sync::Arc::new(Layer::Raw(image))];
         let stack = Stack::new(UringEnvironment, &domain, layers, false);
         let options = DeviceOptions {
             name: "vda".into(),

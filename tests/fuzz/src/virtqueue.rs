@@ -154,9 +154,12 @@ impl Machine {
         let environment = simulation.environment().clone();
         environment.put("/disk", &[0xd1; DISK_BYTES]);
         let (inner, location) = (environment.clone(), Location::Trusted("/disk".into()));
-        let file = simulation.block_on(async move { inner.open(&location, Access::Write, CacheMode::Direct).await }).expect("a file");
+        let image = simulation.block_on(async move {
+            let file = inner.open(&location, Access::Write, CacheMode::Direct).await.expect("a file");
+            Raw::open(file, true).await.expect("an image")
+        });
         let domain = FenceDomain::new(|| std::time::Duration::ZERO);
-        let layers = vec![Arc::new(Layer::Raw(Raw::open(file, true).expect("an image")))];
+        let layers = vec![Arc::new(Layer::Raw(image))];
         let read_only = flags & 4 != 0;
         let stack = Stack::new(environment, &domain, layers, read_only);
         let options = DeviceOptions {

@@ -61,7 +61,7 @@ async fn check(image: Named, repair: Option<Repair>) -> Result<CheckReport> {
     let location = image.location();
     let file = chain::open_file(&UringEnvironment, &location, writable, CacheMode::Buffered).await.with_context(named)?;
     if !image.shared {
-        chain::lock_file(&file, writable).with_context(named)?;
+        chain::lock_file(&file, writable).await.with_context(named)?;
     }
     qcow2::check(&file, &CheckOptions { repair, ..CheckOptions::default() }).await.with_context(named)
 }

@@ -152,7 +152,7 @@ async fn create(plan: Plan) -> Result<ImageInfo> {
 }
 
 async fn fill(file: &UringFile, options: Option<CreateOptions>, size: u64) -> Result<()> {
-    file.set_sharing(Sharing::Writer)?;
+    file.set_sharing(Sharing::Writer).await?;
     match options {
         Some(options) => match Qcow2::<UringEnvironment>::create(file, &options).await {
             Err(error @ CreateError::Io { .. }) => Err(error.into()),
@@ -177,7 +177,7 @@ async fn size_of_backing(image: &Path, name: &Path, format: Format) -> Result<u6
     let named = || format!("the backing file {}", path.display());
     let file = info::open(&Location::Trusted(path.clone())).await.context("the backing file")?;
     Ok(match format {
-        Format::Raw => Raw::<UringEnvironment>::open(file, false).with_context(named)?.virtual_size(),
+        Format::Raw => Raw::<UringEnvironment>::open(file, false).await.with_context(named)?.virtual_size(),
         Format::Qcow2 => Header::read(&file).await.with_context(named)?.virtual_size(),
     })
 }

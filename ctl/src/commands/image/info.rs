@@ -87,12 +87,12 @@ pub(super) async fn collect(image: Named, whole_chain: bool) -> Result<Vec<Image
             bail!("{} is in the chain twice: a chain cannot lead back to itself", path.display());
         }
         let named = || path.display().to_string();
-        let actual_size = file.allocated_bytes().with_context(named)?;
+        let actual_size = file.allocated_bytes().await.with_context(named)?;
         infos.push(match format {
             Format::Raw => ImageInfo {
                 filename: path.clone(),
                 format: format.name(),
-                virtual_size: Raw::<UringEnvironment>::open(file, false).with_context(named)?.virtual_size(),
+                virtual_size: Raw::<UringEnvironment>::open(file, false).await.with_context(named)?.virtual_size(),
                 actual_size,
                 dirty_flag: false,
                 cluster_size: None,

@@ -21,7 +21,7 @@ use super::{CheckError, CheckOptions};
 /// Makes the refcounts of a dirty image right and clears the bit, durably. If something else is wrong with the image, nothing is changed and
 /// the first fault is returned.
 pub(in crate::qcow2) async fn repair_dirty<S: Storage>(file: &S, header: &mut Header) -> Result<Option<Fault>, CheckError> {
-    let mut walk = Walk::new(file, header, &CheckOptions { max_findings: 1, ..CheckOptions::default() })?;
+    let mut walk = Walk::new(file, header, &CheckOptions { max_findings: 1, ..CheckOptions::default() }).await?;
     walk.count_all().await?;
     if let Some(finding) = walk.take_report().findings.pop() {
         return Ok(Some(finding.fault));

@@ -150,7 +150,7 @@ async fn check_once<'a, S: Storage>(
     header: &'a Header,
     options: &CheckOptions,
 ) -> Result<(CheckReport, Walk<'a, S>), CheckError> {
-    let mut walk = Walk::new(file, header, options)?;
+    let mut walk = Walk::new(file, header, options).await?;
     walk.count_all().await?;
     walk.compare().await?;
     Ok((walk.take_report(), walk))

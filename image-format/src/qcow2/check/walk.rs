@@ -43,9 +43,9 @@ pub(super) struct Users {
 }
 
 impl<'a, S: Storage> Walk<'a, S> {
-    pub(super) fn new(file: &'a S, header: &'a Header, options: &CheckOptions) -> Result<Self, CheckError> {
+    pub(super) async fn new(file: &'a S, header: &'a Header, options: &CheckOptions) -> Result<Self, CheckError> {
         let geometry = *header.geometry();
-        let file_len = file.length().map_err(|source| CheckError::io("read", Structure::File, HostOffset::ZERO, source))?;
+        let file_len = file.length().await.map_err(|source| CheckError::io("read", Structure::File, HostOffset::ZERO, source))?;
         let clusters = geometry.clusters(file_len);
         if clusters > MAX_CLUSTERS {
             return Err(CheckError::TooManyClusters { clusters });

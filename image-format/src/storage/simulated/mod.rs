@@ -363,7 +363,7 @@ impl Storage for SimulatedFile {
         self.perform(Action::Punch { inode: self.inode, at: at.get(), len }).await
     }
 
-    fn length(&self) -> io::Result<u64> {
+    async fn length(&self) -> io::Result<u64> {
         Ok(lock(&self.environment.world).disk.visible(self.inode).len())
     }
 
@@ -373,7 +373,7 @@ impl Storage for SimulatedFile {
         self.perform(Action::SetLen { inode: self.inode, len }).await
     }
 
-    fn allocated_bytes(&self) -> io::Result<u64> {
+    async fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(lock(&self.environment.world).disk.visible(self.inode).allocated())
     }
 
@@ -386,7 +386,7 @@ impl Storage for SimulatedFile {
         FileIdentity { device, inode: self.inode }
     }
 
-    fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
+    async fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
         self.sharing.set(self.handle, sharing)
     }
 }

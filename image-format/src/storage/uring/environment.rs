@@ -1,9 +1,7 @@
 //! Names, time, chance and tasks of the real world.
 
-use std::cell::UnsafeCell;
 use std::ffi::CString;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -11,11 +9,10 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use io_uring::{opcode, squeue, types};
-use rustix::fs::Statx;
 
 use super::file::{self, UringFile};
 use super::operation::{CallKind, Output};
-use super::ring;
+use super::{ring, stat};
 use crate::runtime;
 use crate::storage::{Access, CacheMode, Environment, Location};
 
@@ -63,7 +60,8 @@ async fn open(directory: Option<Rc<OwnedFd>>, name: &Path, flags: i32, mode: u64
     let how = types::OpenHow::new().flags(flags).mode(mode).resolve(resolve.flags());
     let opening = Rc::new(Opening { name: c_string(name)?, how, directory });
     let base = types::Fd(opening.directory.as_ref().map_or(libc::AT_FDCWD, |directory| directory.as_raw_fd()));
-    let entry = opcode::OpenAt2::new(base, opening.name.as_ptr(), &raw const opening.how).build();
+    // Some kernels' first attempt asks file servers and waits for them: none is made.
+    let entry = opcode::OpenAt2::new(base, opening.name.as_ptr(), &raw const opening.how).build().flags(squeue::Flags::ASYNC);
     // SAFETY: name, how and directory lie in (or are owned by) `opening`, which does not move.
     let submitted = unsafe { ring::current().call(entry, CallKind::Open, opening) };
     match submitted.await {
@@ -72,37 +70,11 @@ async fn open(directory: Option<Rc<OwnedFd>>, name: &Path, flags: i32, mode: u64
     }
 }
 
-/// Memory of a question about an open file.
-struct Question {
-    fd: OwnedFd,
-    answer: UnsafeCell<MaybeUninit<Statx>>,
-}
-
-// The kernel writes a whole `struct statx`, which has this size for ever (linux/stat.h).
-const _: () = assert!(size_of::<Statx>() == 256);
-
-/// What the system says about an open file, which may take a file server to find out.
-async fn examine(fd: OwnedFd) -> io::Result<(OwnedFd, Statx)> {
-    let question = Rc::new(Question { fd, answer: UnsafeCell::new(MaybeUninit::uninit()) });
-    let answer = question.answer.get().cast::<types::statx>();
-    let entry = opcode::Statx::new(types::Fd(question.fd.as_raw_fd()), c"".as_ptr(), answer)
-        .flags(libc::AT_EMPTY_PATH)
-        .mask(file::FACTS.bits())
-        .build();
-    let keep = Rc::clone(&question);
-    // SAFETY: the descriptor and the answer belong to what is kept and does not move; the empty name is static.
-    unsafe { call(entry, CallKind::Plain, keep) }.await?;
-    let question = Rc::into_inner(question).expect("an operation that has ended keeps nothing");
-    let answer = question.answer.into_inner();
-    // SAFETY: the kernel has reported success, so it has written the whole structure, any bytes of which are a valid one.
-    Ok((question.fd, unsafe { answer.assume_init() }))
-}
-
 /// Runs an operation for its success only.
 ///
 /// # Safety
 /// As for [`ring::Ring::call`].
-async unsafe fn call(entry: squeue::Entry, kind: CallKind, keep: Rc<dyn std::any::Any>) -> io::Result<()> {
+pub(super) async unsafe fn call(entry: squeue::Entry, kind: CallKind, keep: Rc<dyn std::any::Any>) -> io::Result<()> {
     // SAFETY: promised by our caller.
     let submitted = unsafe { ring::current().call(entry, kind, keep) };
     match submitted.await {
@@ -133,8 +105,9 @@ impl Environment for UringEnvironment {
                 open(Some(Rc::new(directory)), name, flags, mode, Resolve::Beneath).await?
             }
         };
-        let (fd, facts) = examine(fd).await?;
-        UringFile::adopt(fd, &facts, at.path(), cache)
+        let (fd, facts) = stat::examine(fd, file::FACTS).await?;
+        let (fd, medium) = stat::medium(fd).await;
+        UringFile::adopt(fd, &facts, medium, at.path(), cache)
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -254,7 +227,8 @@ mod tests {
         let path = directory.path().join("image");
         assert_eq!(trusted(&path, Access::Write).expect_err("nothing there").kind(), io::ErrorKind::NotFound);
         let file = trusted(&path, Access::CreateNew).expect("a new file");
-        assert_eq!(file.length().expect("a length"), 0);
+        let (length, file) = run(async move { (file.length().await, file) });
+        assert_eq!(length.expect("a length"), 0);
         assert_eq!(std::fs::metadata(&path).expect("the file").permissions().mode() & 0o777, 0o600);
         assert_eq!(trusted(&path, Access::CreateNew).expect_err("there already").kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(trusted("a\0b", Access::Read).expect_err("no name").kind(), io::ErrorKind::InvalidInput);
@@ -284,7 +258,8 @@ mod tests {
         symlink("deep", allowed.join("inside")).expect("a link");
         symlink("/proc/self/fd/0", allowed.join("magic")).expect("a link");
 
-        assert_eq!(beneath(&allowed, "deep/image").expect("beneath").length().expect("a length"), 5);
+        let image = beneath(&allowed, "deep/image").expect("beneath");
+        assert_eq!(run(async move { image.length().await }).expect("a length"), 5);
         let errors = [libc::EXDEV, libc::ELOOP];
         for name in ["../secret", "deep/../../secret", "/etc/hostname", "absolute", "relative", "inside/image", "magic"] {
             let error = beneath(&allowed, name).expect_err(name).raw_os_error();

@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use io_uring::{opcode, squeue, types};
-use rustix::fs::{FileType, OFlags, Stat, Statx, StatxFlags};
+use rustix::fs::{FileType, OFlags, Statx, StatxFlags};
 
 use super::locks;
 use super::operation::{CallKind, Output};
 use super::ring::{self, Submitted};
+use super::stat::{self, Medium};
 use super::transfer::{DIRECT_ALIGNMENT, Direction, TransferWork};
 use crate::buffer::{BUFFER_ALIGNMENT, Buffer};
 use crate::storage::{CacheMode, FileIdentity, Sharing, Storage, Transferred};
@@ -26,8 +27,8 @@ pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).uni
 /// A file or block device whose operations go through the io_uring of the calling thread.
 ///
 /// Operations are started and polled on threads that have entered a [`Reactor`](super::Reactor); a future stays on the thread that made it.
-/// Starting one on another thread is a mistake of the program and panics. The lengths and the locks need no reactor; they are plain system
-/// calls, which hang if a file server does.
+/// Starting one on another thread is a mistake of the program and panics. What no ring can do (locks, and changes of the length before Linux
+/// 6.9) is done on threads of its own: whatever hangs with a file server, the calling thread does not.
 #[derive(Debug)]
 pub struct UringFile {
     file: Arc<OpenFile>,
@@ -36,8 +37,9 @@ pub struct UringFile {
 /// What operations in flight keep alive of a file.
 #[derive(Debug)]
 pub(super) struct OpenFile {
-    /// The locks belong to this descriptor, so they last until the last operation has ended.
-    fd: OwnedFd,
+    /// The locks belong to this descriptor, so they last until the last operation has ended. Taken only to be closed.
+    fd: Option<OwnedFd>,
+    medium: Medium,
     kind: Kind,
     /// For `O_DIRECT`: what addresses in memory must be a multiple of.
     direct: Option<usize>,
@@ -54,9 +56,26 @@ enum Kind {
     BlockDevice,
 }
 
+impl AsFd for OpenFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_ref().expect("it is open for as long as it lives").as_fd()
+    }
+}
+
+impl Drop for OpenFile {
+    /// Closing tells a file server, and waits for its answer.
+    fn drop(&mut self) {
+        if self.medium == Medium::Served {
+            let fd = self.fd.take();
+            blocking::unblock(move || drop(fd)).detach();
+        }
+    }
+}
+
 impl OpenFile {
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// Whether a submission may hold up the thread that makes it, unless the kernel is told to give it to another one.
+    pub(super) fn holds_up(&self) -> bool {
+        self.medium == Medium::Served
     }
 
     /// What addresses in memory must be a multiple of, if transfers pass the page cache by.
@@ -68,7 +87,7 @@ impl OpenFile {
 impl UringFile {
     /// Takes over a descriptor that was opened with `O_NONBLOCK` and without `O_DIRECT`, if it is of a kind that can hold an image. `facts`
     /// are what the system says about it when asked for [`FACTS`].
-    pub(super) fn adopt(fd: OwnedFd, facts: &Statx, path: PathBuf, cache: CacheMode) -> io::Result<Self> {
+    pub(super) fn adopt(fd: OwnedFd, facts: &Statx, medium: Medium, path: PathBuf, cache: CacheMode) -> io::Result<Self> {
         let (kind, identity) = match FileType::from_raw_mode(facts.stx_mode.into()) {
             FileType::RegularFile => {
                 let device = rustix::fs::makedev(facts.stx_dev_major, facts.stx_dev_minor);
@@ -103,7 +122,7 @@ impl UringFile {
             }
             Err(error) => return Err(error.into()),
         };
-        Ok(Self { file: Arc::new(OpenFile { fd, kind, direct, identity, path, sharing: Mutex::new(Sharing::None) }) })
+        Ok(Self { file: Arc::new(OpenFile { fd: Some(fd), medium, kind, direct, identity, path, sharing: Mutex::new(Sharing::None) }) })
     }
 
     /// Whether transfers pass the host's page cache by.
@@ -113,7 +132,7 @@ impl UringFile {
 
     /// The descriptor, for what the seam does not offer.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.file.fd()
+        self.file.as_fd()
     }
 
     #[cfg(test)]
@@ -167,11 +186,11 @@ impl UringFile {
     }
 
     fn target(&self) -> types::Fd {
-        types::Fd(self.file.fd.as_raw_fd())
+        types::Fd(self.file.as_fd().as_raw_fd())
     }
 
-    fn stat(&self) -> io::Result<Stat> {
-        Ok(rustix::fs::fstat(&self.file.fd)?)
+    async fn stat(&self, mask: StatxFlags) -> io::Result<Statx> {
+        Ok(stat::examine(Arc::clone(&self.file), mask).await?.1)
     }
 }
 
@@ -199,10 +218,10 @@ impl Storage for UringFile {
         self.fallocate(at, len, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).await
     }
 
-    fn length(&self) -> io::Result<u64> {
+    async fn length(&self) -> io::Result<u64> {
         match self.file.kind {
-            Kind::Regular => u64::try_from(self.stat()?.st_size).map_err(|_| io::ErrorKind::InvalidData.into()),
-            Kind::BlockDevice => block_device_length(self.file.fd()),
+            Kind::Regular => Ok(self.stat(StatxFlags::SIZE).await?.stx_size),
+            Kind::BlockDevice => block_device_length(self.file.as_fd()),
         }
     }
 
@@ -216,14 +235,15 @@ impl Storage for UringFile {
         if ring::current().truncates() {
             self.call(opcode::Ftruncate::new(self.target(), len).build(), CallKind::Plain).await
         } else {
-            Ok(rustix::fs::ftruncate(&self.file.fd, len)?)
+            let file = Arc::clone(&self.file);
+            blocking::unblock(move || Ok(rustix::fs::ftruncate(&file, len)?)).await
         }
     }
 
-    fn allocated_bytes(&self) -> io::Result<u64> {
+    async fn allocated_bytes(&self) -> io::Result<u64> {
         match self.file.kind {
-            Kind::Regular => Ok(u64::try_from(self.stat()?.st_blocks).unwrap_or(0).saturating_mul(512)),
-            Kind::BlockDevice => self.length(),
+            Kind::Regular => Ok(self.stat(StatxFlags::BLOCKS).await?.stx_blocks.saturating_mul(512)),
+            Kind::BlockDevice => self.length().await,
         }
     }
 
@@ -235,11 +255,15 @@ impl Storage for UringFile {
         self.file.identity
     }
 
-    fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
-        let mut current = self.file.sharing.lock().unwrap_or_else(PoisonError::into_inner);
-        locks::change(self.file.fd(), &self.file.path, *current, sharing)?;
-        *current = sharing;
-        Ok(())
+    async fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
+        let file = Arc::clone(&self.file);
+        blocking::unblock(move || {
+            let mut current = file.sharing.lock().unwrap_or_else(PoisonError::into_inner);
+            locks::change(file.as_fd(), &file.path, *current, sharing)?;
+            *current = sharing;
+            Ok(())
+        })
+        .await
     }
 }
 
@@ -444,7 +468,7 @@ mod tests {
                     }
                     17 => {
                         file.set_len(at as u64 + random.next() % 512).await.expect("a length");
-                        let length = usize::try_from(file.length().expect("a length")).expect("a small number");
+                        let length = usize::try_from(file.length().await.expect("a length")).expect("a small number");
                         model.resize(length, 0);
                     }
                     18 => {
@@ -462,7 +486,7 @@ mod tests {
                         file.flush().await.expect("a flush");
                     }
                 }
-                assert_eq!(file.length().expect("a length"), model.len() as u64, "step {step}");
+                assert_eq!(file.length().await.expect("a length"), model.len() as u64, "step {step}");
             }
         });
     }
@@ -514,7 +538,7 @@ mod tests {
             assert_eq!(bytes[376..], [0; 1672]);
             let far = file.read_bytes(HostOffset::new(1 << 40), 512).await.expect("a read");
             assert_eq!(far[..], [0; 512]);
-            assert_eq!(file.length().expect("a length"), 1400);
+            assert_eq!(file.length().await.expect("a length"), 1400);
         });
     }
 
@@ -654,8 +678,10 @@ mod tests {
         for cache in [CacheMode::Direct, CacheMode::Buffered] {
             let file = device.open(cache);
             assert_eq!(file.identity(), device.open(CacheMode::Buffered).identity());
-            assert_eq!((file.is_direct(), file.length().expect("a length")), (cache == CacheMode::Direct, 1 << 20));
-            assert_eq!(file.allocated_bytes().expect("a length"), 1 << 20);
+            let asked = async move { (file.length().await, file.allocated_bytes().await, file) };
+            let (length, allocated, file) = Reactor::new(8).expect("a reactor").block_on(asked).expect("the ring works");
+            assert_eq!((file.is_direct(), length.expect("a length")), (cache == CacheMode::Direct, 1 << 20));
+            assert_eq!(allocated.expect("a length"), 1 << 20);
             let task = async move {
                 file.write_bytes(HostOffset::new(4096), &[0x22; 8192]).await.expect("a write");
                 file.punch(HostOffset::new(8192), 4096).await.expect("a hole");
@@ -689,11 +715,11 @@ mod tests {
     fn punching_gives_space_back_and_allocating_takes_it() {
         on_every_file(|file| async move {
             file.allocate(HostOffset::ZERO, 1 << 20).await.expect("space");
-            assert_eq!(file.length().expect("a length"), 1 << 20);
-            assert!(file.allocated_bytes().expect("a number") >= 1 << 20);
+            assert_eq!(file.length().await.expect("a length"), 1 << 20);
+            assert!(file.allocated_bytes().await.expect("a number") >= 1 << 20);
             file.punch(HostOffset::ZERO, 1 << 20).await.expect("a hole");
-            assert_eq!(file.length().expect("a length"), 1 << 20);
-            assert!(file.allocated_bytes().expect("a number") < 1 << 19);
+            assert_eq!(file.length().await.expect("a length"), 1 << 20);
+            assert!(file.allocated_bytes().await.expect("a number") < 1 << 19);
         });
     }
 }

@@ -145,6 +145,10 @@ mod tests {
         Reactor::new(8).expect("a reactor").block_on(open).expect("the ring works").expect("the image")
     }
 
+    fn share(image: &UringFile, sharing: Sharing) -> io::Result<()> {
+        futures_lite::future::block_on(image.set_sharing(sharing))
+    }
+
     fn refusal(result: io::Result<()>) -> String {
         let error = result.expect_err("a conflict");
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{error}");
@@ -200,10 +204,10 @@ mod tests {
             (Sharing::None, vec![]),
         ];
         for (role, bytes) in roles {
-            image.set_sharing(role).expect("nobody else is there");
+            share(&image, role).expect("nobody else is there");
             assert_eq!(held_by_others(&witness), bytes, "{role:?}");
         }
-        image.set_sharing(Sharing::Writer).expect("nobody else is there");
+        share(&image, Sharing::Writer).expect("nobody else is there");
         drop(image);
         assert_eq!(held_by_others(&witness), []);
     }
@@ -213,17 +217,17 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("image");
         let (one, other) = (open(&path, Access::CreateNew), open(&path, Access::Write));
-        one.set_sharing(Sharing::Reader).expect("nobody else is there");
-        other.set_sharing(Sharing::Reader).expect("two may read");
-        let message = refusal(one.set_sharing(Sharing::Writer));
+        share(&one, Sharing::Reader).expect("nobody else is there");
+        share(&other, Sharing::Reader).expect("two may read");
+        let message = refusal(share(&one, Sharing::Writer));
         assert!(message.contains("does not let others write") && message.contains("image"), "{message}");
         let third = File::open(&path).expect("the image");
-        other.set_sharing(Sharing::None).expect("locks can always be given up");
+        share(&other, Sharing::None).expect("locks can always be given up");
         assert_eq!(held_by_others(&third), [100, 201, 203], "the first is a reader still");
 
-        one.set_sharing(Sharing::Writer).expect("nobody else is left");
+        share(&one, Sharing::Writer).expect("nobody else is left");
         for role in [Sharing::Reader, Sharing::Writer] {
-            let message = refusal(other.set_sharing(role));
+            let message = refusal(share(&other, role));
             assert!(message.contains("write"), "{message}");
         }
         drop(one);
@@ -235,7 +239,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("image");
         let image = open(&path, Access::CreateNew);
-        image.set_sharing(Sharing::Writer).expect("nobody else is there");
+        share(&image, Sharing::Writer).expect("nobody else is there");
         drop(open(&path, Access::Read));
         drop(File::open(&path).expect("the image"));
         let witness = File::open(&path).expect("the image");
@@ -246,7 +250,7 @@ mod tests {
     fn qemu_keeps_its_hands_off_an_image_that_we_write() {
         let Some((directory, path)) = image() else { return };
         let image = open(&path, Access::Write);
-        image.set_sharing(Sharing::Writer).expect("nobody else is there");
+        share(&image, Sharing::Writer).expect("nobody else is there");
         let copy = directory.path().join("copy");
         let copy = copy.to_str().expect("a readable name");
         is_locked_out("qemu-img", &["info"], &path, &[]);
@@ -257,7 +261,7 @@ mod tests {
         is_locked_out("qemu-io", &["-r", "-c", "read 0 512"], &path, &[]);
         succeeds("qemu-img", &["info", "-U"], &path, &[]);
         succeeds("qemu-img", &["convert", "-U", "-O", "raw"], &path, &[copy]);
-        image.set_sharing(Sharing::None).expect("locks can always be given up");
+        share(&image, Sharing::None).expect("locks can always be given up");
         succeeds("qemu-io", &["-c", "write 0 512"], &path, &[]);
     }
 
@@ -265,7 +269,7 @@ mod tests {
     fn qemu_reads_but_does_not_write_an_image_that_we_read() {
         let Some((directory, path)) = image() else { return };
         let image = open(&path, Access::Read);
-        image.set_sharing(Sharing::Reader).expect("nobody else is there");
+        share(&image, Sharing::Reader).expect("nobody else is there");
         let copy = directory.path().join("copy");
         let copy = copy.to_str().expect("a readable name");
         succeeds("qemu-img", &["info"], &path, &[]);
@@ -293,12 +297,12 @@ mod tests {
 
         let image = open(&path, Access::Write);
         for role in [Sharing::Reader, Sharing::Writer] {
-            let message = refusal(image.set_sharing(role));
+            let message = refusal(share(&image, role));
             assert!(message.contains("write"), "{message}");
         }
         writeln!(commands, "quit").expect("qemu-io listens");
         drop((commands, answers));
         assert!(qemu.wait().expect("qemu-io ends").success());
-        image.set_sharing(Sharing::Writer).expect("qemu-io is gone");
+        share(&image, Sharing::Writer).expect("qemu-io is gone");
     }
 }

@@ -6,7 +6,7 @@
 //! - `probe`: what the kernel offers, and a ring that makes use of it.
 //! - `operation`, `transfer`: what one operation keeps alive, and what it does with a completion.
 //! - `ring`: the operations of one thread; `reactor`: the thread's place to wait for them.
-//! - `file`, `locks`, `environment`: the seam's traits.
+//! - `file`, `locks`, `stat`, `environment`: the seam's traits.
 
 mod environment;
 mod file;
@@ -19,6 +19,7 @@ mod ring;
 #[allow(unreachable_pub, reason = "it is public where it comes from")]
 #[path = "../../../../tests/src/skip.rs"]
 mod skip;
+mod stat;
 mod transfer;
 
 pub use environment::UringEnvironment;

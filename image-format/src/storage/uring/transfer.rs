@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
@@ -92,7 +92,7 @@ impl TransferWork {
 
     /// The submission for what is left to transfer.
     pub(super) fn entry(&self) -> squeue::Entry {
-        let fd = types::Fd(self.file.fd().as_raw_fd());
+        let fd = types::Fd(self.file.as_fd().as_raw_fd());
         let offset = self.at + self.done as u64;
         let left = &self.vectors[self.first..];
         let entry = if let [vector] = left {
@@ -108,8 +108,9 @@ impl TransferWork {
                 Direction::Write => opcode::Writev::new(fd, left.as_ptr(), count).offset(offset).build(),
             }
         };
-        // What could not be done at once is given to a kernel thread that may sleep, so that trying again is not spinning.
-        if self.attempts > 0 { entry.flags(squeue::Flags::ASYNC) } else { entry }
+        // What could not be done at once is given to a kernel thread that may sleep, so that trying again is not spinning; and what hangs with
+        // a file server hangs there, too.
+        if self.attempts > 0 || self.file.holds_up() { entry.flags(squeue::Flags::ASYNC) } else { entry }
     }
 
     /// Takes note of a completion.
@@ -188,13 +189,14 @@ mod tests {
 
     use super::super::file::{FACTS, UringFile};
     use super::super::skip::skipped;
+    use super::super::stat::Medium;
     use super::*;
     use crate::storage::CacheMode;
 
     fn file(cache: CacheMode) -> Arc<OpenFile> {
         let file = tempfile::tempfile().expect("a temporary file");
         let facts = rustix::fs::statx(&file, c"", AtFlags::EMPTY_PATH, FACTS).expect("facts about it");
-        UringFile::adopt(file.into(), &facts, "image".into(), cache).expect("a file").open_file()
+        UringFile::adopt(file.into(), &facts, Medium::Local, "image".into(), cache).expect("a file").open_file()
     }
 
     fn transfer(cache: CacheMode, direction: Direction, buffer: impl Into<Buffer>) -> TransferWork {

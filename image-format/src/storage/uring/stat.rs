@@ -1,0 +1,77 @@
+//! What the system says about an open file, asked for through the ring: it may take a file server to find out.
+
+use std::cell::UnsafeCell;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::rc::Rc;
+
+use io_uring::{opcode, types};
+use rustix::fs::{Statx, StatxFlags};
+
+use super::environment::call;
+use super::operation::CallKind;
+
+/// Who answers for what is in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Medium {
+    /// The kernel and its devices.
+    Local,
+    /// Perhaps another program or machine, which may take for ever.
+    Served,
+}
+
+/// File systems of which nothing but the kernel and its devices answers (linux/magic.h; zfs and bcachefs have theirs in their own sources). A stack
+/// of file systems (overlayfs) is taken to lie on one of them.
+const LOCAL: [u64; 9] = [
+    0xef53,      // ext2, ext3, ext4
+    0x5846_5342, // XFS
+    0x9123_683e, // btrfs
+    0x0102_1994, // tmpfs, and the directory of block devices
+    0x8584_58f6, // ramfs
+    0xf2f5_2010, // F2FS
+    0x2fc1_2fc1, // ZFS
+    0xca45_1a4e, // bcachefs
+    0x794c_7630, // overlayfs
+];
+
+/// Finds out what an open file lies on, and gives it back.
+pub(super) async fn medium(fd: OwnedFd) -> (OwnedFd, Medium) {
+    blocking::unblock(move || {
+        let medium = match rustix::fs::fstatfs(&fd) {
+            Ok(system) if LOCAL.contains(&(system.f_type.cast_unsigned() & 0xffff_ffff)) => Medium::Local,
+            _ => Medium::Served,
+        };
+        (fd, medium)
+    })
+    .await
+}
+
+/// Memory of a question about an open file.
+struct Question<F> {
+    file: F,
+    answer: UnsafeCell<MaybeUninit<Statx>>,
+}
+
+// The kernel writes a whole `struct statx`, which has this size for ever (linux/stat.h).
+const _: () = assert!(size_of::<Statx>() == 256);
+
+/// Asks for what `mask` names, and gives the file back with the answer.
+///
+/// # Errors
+/// Whatever the system reports.
+pub(super) async fn examine<F: AsFd + 'static>(file: F, mask: StatxFlags) -> io::Result<(F, Statx)> {
+    let question = Rc::new(Question { file, answer: UnsafeCell::new(MaybeUninit::uninit()) });
+    let answer = question.answer.get().cast::<types::statx>();
+    let entry = opcode::Statx::new(types::Fd(question.file.as_fd().as_raw_fd()), c"".as_ptr(), answer)
+        .flags(libc::AT_EMPTY_PATH)
+        .mask(mask.bits())
+        .build();
+    let keep = Rc::clone(&question);
+    // SAFETY: the descriptor and the answer belong to what is kept and does not move; the empty name is static.
+    unsafe { call(entry, CallKind::Plain, keep) }.await?;
+    let question = Rc::into_inner(question).expect("an operation that has ended keeps nothing");
+    let answer = question.answer.into_inner();
+    // SAFETY: the kernel has reported success, so it has written the whole structure, any bytes of which are a valid one.
+    Ok((question.file, unsafe { answer.assume_init() }))
+}
