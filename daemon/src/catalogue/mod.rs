@@ -8,6 +8,7 @@ mod records;
 mod state_dir;
 mod store;
 mod trial;
+mod watched;
 
 use std::fmt;
 use std::path::Path;

@@ -9,7 +9,7 @@
 //! Layers have rows of their own so that a snapshot of a deep stack adds one row and rewrites none.
 //!
 //! redb refuses everything after the first error of its file, a full disk that is freed a moment later included. So a database that has failed is
-//! closed, and opened again for the next transaction. A commit that has failed may be there all the same: every change is tried a second
+//! closed, and opened again for the next transaction (see [`Watched`] for what a failed sync means for it). A commit that has failed may be there all the same: every change is tried a second
 //! time on the database opened again, and finds what is there. If that fails too, it is unknown which of the two states the next start finds.
 
 use std::cell::{Cell, RefCell};
@@ -18,11 +18,14 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use redb::backends::FileBackend;
 use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, WriteTransaction};
 
 use super::records::{DeviceRecord, DeviceTimes, LayerRecord, SnapshotRecord, SnapshotState};
 use super::trial::{contained, content, try_copy};
+use super::watched::Watched;
 
 /// Version of the layout that this program writes.
 pub const SCHEMA: u64 = 1;
@@ -152,7 +155,7 @@ impl Store {
         private_file(path).map_err(|error| open_error(redb::StorageError::Io(error)))?;
         try_copy(std::fs::read(path).map_err(|error| open_error(redb::StorageError::Io(error)))?)?;
         let path = path.to_owned();
-        Self::opened_by(move || Database::builder().set_cache_size(CACHE_BYTES).create(&path))
+        Self::over(move || FileBackend::new(private_file(&path)?))
     }
 
     /// The same on any storage: memory, a simulated disk. Clones lead to the same bytes.
@@ -161,10 +164,15 @@ impl Store {
     /// As for [`open`](Self::open).
     pub fn with_backend(backend: impl StorageBackend + Clone) -> Result<Self, CatalogueError> {
         try_copy(content(&backend).map_err(|error| open_error(redb::StorageError::Io(error)))?)?;
-        Self::opened_by(move || Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend.clone()))
+        Self::over(move || Ok(backend.clone()))
     }
 
-    fn opened_by(open: impl Fn() -> Result<Database, DatabaseError> + Send + 'static) -> Result<Self, CatalogueError> {
+    fn over<B: StorageBackend>(backend: impl Fn() -> Result<B, DatabaseError> + Send + 'static) -> Result<Self, CatalogueError> {
+        let sync_failed = Arc::default();
+        let open = move || {
+            let backend = Watched::new(backend()?, &sync_failed)?;
+            Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend)
+        };
         let store = Self { database: RefCell::new(None), open: Box::new(open) };
         store.attempt(|_| Ok(()))?;
         Ok(store)
@@ -533,7 +541,8 @@ pub fn layers_beneath(store: &Store) -> Result<Vec<(LayerRecord, String)>, Catal
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::collections::BTreeSet;
+    use std::sync::Mutex;
 
     use snapfence_image_format::chain::Format;
 
@@ -559,6 +568,8 @@ pub(crate) mod tests {
         DeviceTimes { switch_us: Some(switch_us), hold_us: Some(0), freeze_us: None }
     }
 
+    const PAGE: usize = 4096;
+
     /// A disk whose writes are lost by a crash unless a sync came after them.
     #[derive(Clone, Debug, Default)]
     struct VolatileDisk(Arc<Mutex<Contents>>);
@@ -567,6 +578,10 @@ pub(crate) mod tests {
     struct Contents {
         now: Vec<u8>,
         durable: Vec<u8>,
+        /// Pages that the next sync makes durable.
+        dirty: BTreeSet<usize>,
+        /// A sync that fails forgets what it was to make durable, as Linux does; otherwise it has done it all the same.
+        forgets: bool,
         /// What the disk would hold after a crash at each write or sync so far: nothing or everything since the last sync survives.
         crashes: Vec<Vec<u8>>,
         /// So many writes and syncs go well, then so many fail.
@@ -576,6 +591,11 @@ pub(crate) mod tests {
     impl VolatileDisk {
         fn holding(bytes: Vec<u8>) -> Self {
             Self(Arc::new(Mutex::new(Contents { durable: bytes.clone(), now: bytes, ..Contents::default() })))
+        }
+
+        /// What is there after a power cut.
+        fn after_power_cut(&self) -> Self {
+            Self::holding(self.0.lock().expect("no panics").durable.clone())
         }
 
         fn fail_after(&self, passing: u64, failing: u64) {
@@ -618,16 +638,24 @@ pub(crate) mod tests {
             Ok(())
         }
         fn sync_data(&self) -> Result<(), std::io::Error> {
+            let admitted = self.admit();
             let mut contents = self.0.lock().expect("no panics");
-            contents.durable = contents.now.clone();
-            drop(contents);
-            // What fails may have happened.
-            self.admit()
+            let Contents { now, durable, dirty, forgets, .. } = &mut *contents;
+            durable.resize(now.len(), 0);
+            let pages = std::mem::take(dirty);
+            if admitted.is_ok() || !*forgets {
+                for page in pages {
+                    let range = page * PAGE..now.len().min((page + 1) * PAGE);
+                    durable[range.clone()].copy_from_slice(&now[range]);
+                }
+            }
+            admitted
         }
         fn write(&self, offset: u64, data: &[u8]) -> Result<(), std::io::Error> {
             self.admit()?;
             let start = usize::try_from(offset).expect("small");
             self.change(|bytes| bytes[start..start + data.len()].copy_from_slice(data));
+            self.0.lock().expect("no panics").dirty.extend(start / PAGE..(start + data.len()).div_ceil(PAGE));
             Ok(())
         }
     }
@@ -711,8 +739,9 @@ pub(crate) mod tests {
         let states = [(0, None), (1, None), (1, Some("intended")), (2, Some("switched")), (2, Some("frozen"))];
         for at in 0..steps.len() {
             for passing in 0..12 {
-                for failing in [1, 1000] {
+                for (failing, forgets) in [(1, false), (1, true), (1000, false), (1000, true)] {
                     let disk = VolatileDisk::default();
+                    disk.0.lock().expect("no panics").forgets = forgets;
                     let mut store = Store::with_backend(disk.clone()).expect("new");
                     steps[..at].iter().for_each(|step| step(&mut store).expect("writable"));
                     disk.fail_after(passing, failing);
@@ -721,6 +750,8 @@ pub(crate) mod tests {
                     let found = state(&store);
                     if failing == 1 {
                         result.unwrap_or_else(|error| panic!("step {at}, one failure after {passing}: {error}"));
+                        let durable = Store::with_backend(disk.after_power_cut()).expect("a power cut leaves a catalogue");
+                        assert_eq!(state(&durable), states[at + 1], "step {at}, one failure after {passing}, then a power cut");
                     }
                     // The whole step or nothing of it; a failed one can be done again, and the next one goes on from there.
                     let done = found == states[at + 1];
@@ -728,6 +759,8 @@ pub(crate) mod tests {
                     let rest = if done { at + 1 } else { at };
                     steps[rest..].iter().for_each(|step| step(&mut store).expect("writable"));
                     assert_eq!(state(&store), states[4], "step {at}, {failing} after {passing}");
+                    let durable = Store::with_backend(disk.after_power_cut()).expect("a power cut leaves a catalogue");
+                    assert_eq!(state(&durable), states[4], "step {at}, {failing} after {passing}, then a power cut");
                 }
             }
         }
@@ -779,7 +812,7 @@ pub(crate) mod tests {
 
         let crashes = std::mem::take(&mut disk.0.lock().expect("no panics").crashes);
         assert!(crashes.len() > 6, "the steps write");
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         for bytes in crashes {
             let store = Store::with_backend(VolatileDisk::holding(bytes)).expect("a crash leaves a catalogue");
             let state = store.snapshot("s").expect("readable").map(|snapshot| snapshot.state);
