@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use snapfence_image_format::chain::Format;
 use snapfence_image_format::qcow2::{CheckOptions, CreateOptions, check};
 use snapfence_image_format::storage::kept::TestKeeper;
-use snapfence_image_format::storage::simulated::{SimulatedEnvironment, Simulation};
+use snapfence_image_format::storage::simulated::{FileContent, SimulatedEnvironment, Simulation};
 use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment, Location};
 use snapfence_image_format::units::SECTOR_BYTES;
 
@@ -50,8 +50,8 @@ struct Run {
     qcow2: [bool; DISKS.len()],
     /// Whether a power cut has taken from the disks what the model still has.
     unsettled: Rc<Cell<bool>>,
-    /// Oracle 5: the bytes of frozen layers.
-    layers: Rc<RefCell<BTreeMap<String, Vec<u8>>>>,
+    /// Oracle 5: what is in frozen layers.
+    layers: Rc<RefCell<BTreeMap<String, FileContent>>>,
     snapshots: Rc<Cell<u32>>,
     failed: Rc<Cell<u64>>,
 }
@@ -63,7 +63,7 @@ struct Life {
     guest: Rc<RefCell<Guest>>,
     qcow2: [bool; DISKS.len()],
     unsettled: Rc<Cell<bool>>,
-    layers: Rc<RefCell<BTreeMap<String, Vec<u8>>>>,
+    layers: Rc<RefCell<BTreeMap<String, FileContent>>>,
     snapshots: Rc<Cell<u32>>,
     failed: Rc<Cell<u64>>,
 }
@@ -171,10 +171,10 @@ impl Life {
             let layer = member["frozen_layer"].as_str().expect("a path");
             let disk = DISKS.iter().position(|disk| member["device"] == *disk).expect("a disk");
             members.push((disk, self.world.read_file_bytes(layer, format_of(layer), SECTORS * SECTOR_BYTES).await));
-            let bytes = self.world.environment.bytes(layer).expect("a file");
+            let content = self.world.environment.content(layer).expect("a file");
             let mut layers = self.layers.borrow_mut();
-            let before = layers.entry(layer.to_owned()).or_insert_with(|| bytes.clone());
-            assert!(*before == bytes, "{layer} has changed since {name} was frozen");
+            let before = layers.entry(layer.to_owned()).or_insert_with(|| content.clone());
+            assert!(*before == content, "{layer} has changed since {name} was frozen");
         }
         self.guest.borrow_mut().model.look_at(name, members);
     }

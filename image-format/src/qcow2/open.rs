@@ -276,8 +276,11 @@ async fn used_end(file: &impl Storage, refcounts: &Refcounts, geometry: &Geometr
     for &(index, at) in blocks.iter().rev().take(EMPTY_BLOCKS) {
         let read = file.read_bytes(at, geometry.cluster_len()).await;
         let block = read.map_err(|source| OpenError::Read { what: Structure::RefcountBlock, at, source })?;
-        let entries = usize::try_from(per_block).expect("at most 2^24 refcounts");
-        if let Some(entry) = (0..entries).rev().find(|&entry| read_refcount(&block, entry, geometry.refcount_bits()) != 0) {
+        // Mostly zeros, which are passed over quickly.
+        let Some(last_byte) = block.iter().rposition(|byte| *byte != 0) else { continue };
+        let bits = geometry.refcount_bits();
+        let entries = ((last_byte + 1) * 8).div_ceil(bits as usize);
+        if let Some(entry) = (0..entries).rev().find(|&entry| read_refcount(&block, entry, bits) != 0) {
             return Ok(index * per_block + entry as u64 + 1);
         }
     }

@@ -9,6 +9,8 @@ use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use zerocopy::FromZeros;
+
 use super::FileIdentity;
 
 /// Words that keep their values when the process ends, whatever ends it. One process uses them at a time.
@@ -73,9 +75,10 @@ impl TestKeeper {
 
 impl MemoryKeeper for TestKeeper {
     fn create(&self, owner: FileIdentity, words: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
+        let zeros = <[AtomicU64]>::new_box_zeroed_with_elems(words).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let mut kept = self.kept();
         kept.last_number += 1;
-        let (number, memory) = (kept.last_number, Arc::new(Words((0..words).map(|_| AtomicU64::new(0)).collect())));
+        let (number, memory) = (kept.last_number, Arc::new(Words(zeros)));
         kept.memory.insert(number, (owner, Arc::clone(&memory)));
         Ok((number, memory))
     }

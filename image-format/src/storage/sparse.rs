@@ -25,6 +25,22 @@ pub(super) struct SparseBytes {
     len: u64,
 }
 
+/// The same bytes, wherever there is space.
+impl PartialEq for SparseBytes {
+    fn eq(&self, other: &Self) -> bool {
+        const ZEROS: [u8; PAGE_LEN] = [0; PAGE_LEN];
+        let page = |bytes: &Self, number| bytes.pages.get(&number).cloned().flatten();
+        let is_same = |number: &u64| match (page(self, *number), page(other, *number)) {
+            (Some(one), Some(other)) => Arc::ptr_eq(&one, &other) || one == other,
+            (Some(page), None) | (None, Some(page)) => *page == ZEROS,
+            (None, None) => true,
+        };
+        self.len == other.len && self.pages.keys().chain(other.pages.keys()).all(is_same)
+    }
+}
+
+impl Eq for SparseBytes {}
+
 impl SparseBytes {
     pub(super) fn len(&self) -> u64 {
         self.len
@@ -143,11 +159,12 @@ impl SparseBytes {
 
     /// All bytes of `range` as a vector.
     pub(super) fn to_vec(&self, range: Range<u64>) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for (number, within, _) in pieces(range) {
-            match self.pages.get(&number) {
-                Some(Some(page)) => bytes.extend_from_slice(&page[within]),
-                Some(None) | None => bytes.resize(bytes.len() + within.len(), 0),
+        let len = usize::try_from(range.end.saturating_sub(range.start)).expect("what is in memory fits in it");
+        let mut bytes = vec![0; len];
+        for (number, within, done) in pieces(range) {
+            if let Some(Some(page)) = self.pages.get(&number) {
+                let into = done..done + within.len();
+                bytes[into].copy_from_slice(&page[within]);
             }
         }
         bytes
@@ -207,6 +224,26 @@ fn too_big() -> io::Error {
 mod tests {
     use super::*;
     use crate::buffer::AlignedBuffer;
+
+    #[test]
+    fn what_is_the_same_is_told_by_bytes_and_not_by_holes() {
+        let mut bytes = SparseBytes::default();
+        bytes.write_bytes(5000, &[7; 5000]).unwrap();
+        let (copy, mut other) = (bytes.clone(), SparseBytes::default());
+        other.write_bytes(0, &[0; 5000]).unwrap();
+        other.write_bytes(5000, &[7; 5000]).unwrap();
+        assert_eq!(bytes, copy);
+        assert_eq!(bytes, other);
+        assert_eq!(other, bytes);
+        for (at, byte) in [(0, 1), (6000, 8)] {
+            let mut changed = other.clone();
+            changed.write_bytes(at, &[byte]).unwrap();
+            assert_ne!(bytes, changed, "byte {at}");
+            assert_ne!(changed, bytes, "byte {at}");
+        }
+        other.set_len(20_000).unwrap();
+        assert_ne!(bytes, other, "one is longer");
+    }
 
     #[test]
     fn cutting_off_and_growing_again_gives_zeros() {

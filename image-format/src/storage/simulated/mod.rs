@@ -69,6 +69,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The bytes of a file at one moment. Two are the same if their bytes are, wherever there are holes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileContent(SparseBytes);
+
 impl SimulatedEnvironment {
     /// No files yet.
     pub fn new(seed: u64) -> Self {
@@ -109,6 +113,14 @@ impl SimulatedEnvironment {
         let mut world = lock(&self.world);
         let path = world.disk.names().resolve_name(path.as_ref())?;
         world.disk.put_link(&path, target.as_ref().to_owned())
+    }
+
+    /// What is in a file, to be compared: that costs little where both come from the same writes.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn content(&self, path: impl AsRef<Path>) -> io::Result<FileContent> {
+        self.visible(path.as_ref()).map(FileContent)
     }
 
     /// The bytes of a file as readers see them.
