@@ -147,15 +147,36 @@ fn private_file(path: &Path) -> io::Result<File> {
 }
 
 impl Store {
-    /// Opens the database at `path` or makes an empty one.
+    /// Opens the database at `path` or makes an empty one, whose name the caller makes durable.
     ///
     /// # Errors
     /// If it cannot be opened or has a newer layout.
     pub fn open(path: &Path) -> Result<Self, CatalogueError> {
-        private_file(path).map_err(|error| open_error(redb::StorageError::Io(error)))?;
-        try_copy(std::fs::read(path).map_err(|error| open_error(redb::StorageError::Io(error)))?)?;
+        let failed = |error| open_error(redb::StorageError::Io(error));
+        let is_there = match path.metadata() {
+            Ok(facts) => facts.len() > 0,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(failed(error)),
+        };
+        if !is_there {
+            Self::make(path)?;
+        }
+        try_copy(std::fs::read(path).map_err(failed)?)?;
         let path = path.to_owned();
         Self::over(move || FileBackend::new(private_file(&path)?))
+    }
+
+    /// Makes an empty database. It gets its name when it is whole and durable: what a crash leaves half made is no database, and a file that is none
+    /// is refused.
+    fn make(path: &Path) -> Result<(), CatalogueError> {
+        let failed = |error| open_error(redb::StorageError::Io(error));
+        let new = path.with_extension("new");
+        let file = private_file(&new).map_err(failed)?;
+        file.set_len(0).map_err(failed)?;
+        let backend = FileBackend::new(file.try_clone().map_err(failed)?).map_err(open_error)?;
+        drop(Self::initialise(Database::builder().create_with_backend(backend).map_err(open_error)?)?);
+        file.sync_all().map_err(failed)?;
+        std::fs::rename(&new, path).map_err(failed)
     }
 
     /// The same on any storage: memory, a simulated disk. Clones lead to the same bytes.
@@ -793,6 +814,26 @@ pub(crate) mod tests {
             assert_eq!((failed.state, failed.error.as_deref()), (SnapshotState::Failed, Some("no")));
             let top = store.device("vda").expect("readable").expect("recorded").top().cloned();
             assert_eq!(top, Some(layer(if recorded == 1 { "/t" } else { "/s" })));
+        }
+    }
+
+    #[test]
+    fn a_crash_while_it_is_made_leaves_nothing_in_the_way() {
+        let disk = VolatileDisk::default();
+        drop(Store::with_backend(disk.clone()).expect("new"));
+        let crashes = std::mem::take(&mut disk.0.lock().expect("no panics").crashes);
+        let half_made = |bytes: &Vec<u8>| Store::with_backend(VolatileDisk::holding(bytes.clone())).is_err();
+        assert!(crashes.iter().any(half_made), "some of them are no database");
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        for (number, bytes) in crashes.iter().enumerate() {
+            let path = directory.path().join(format!("{number}.redb"));
+            std::fs::write(path.with_extension("new"), bytes).expect("a file");
+            let mut store = Store::open(&path).expect("a new one");
+            assert_eq!(store.devices().expect("readable"), []);
+            store.put_device(&DeviceRecord { name: "vda".into(), layers: vec![layer("/base")] }).expect("writable");
+            drop(store);
+            assert_eq!(Store::open(&path).expect("there").devices().expect("readable").len(), 1, "{number}");
+            assert!(!path.with_extension("new").exists());
         }
     }
 
