@@ -1,0 +1,3 @@
+//! Measuring snapfence and what it is compared with, by the same means.
+
+pub mod load;
