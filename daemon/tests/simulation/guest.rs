@@ -18,7 +18,7 @@ use snapfenced::worker::{QueueHandle, Start, Turn, Worker, WorkerHandle};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::driver::{Driver, NEXT, Piece, readable, writable};
-use super::model::{Model, filled, range};
+use super::model::{End, Model, filled, range};
 use super::support::Answer;
 
 pub(crate) const DISKS: [&str; 2] = ["vda", "vdb"];
@@ -34,6 +34,8 @@ const MEMORY_BYTES: usize = 0x40000;
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 /// What no device ever writes as a status.
 const NO_STATUS: u8 = 0x5a;
 
@@ -74,8 +76,10 @@ impl Write for Trace {
 #[derive(Debug)]
 enum Request {
     Write(Range<u64>),
+    Zero(Range<u64>),
+    Discard(Range<u64>),
     Read(Range<u64>),
-    Flush(Vec<(u64, u64)>),
+    Flush(Vec<(u64, usize)>),
 }
 
 struct Queue {
@@ -90,6 +94,8 @@ struct Disk {
     log: InflightLog,
     /// Of the daemon that runs.
     handles: Vec<QueueHandle>,
+    /// Whether the guest has chosen that writes are durable when they complete.
+    write_through: bool,
 }
 
 /// What outlives daemons, and power cuts in part.
@@ -103,36 +109,45 @@ pub(crate) struct Guest {
     /// Commands whose answers the client has not seen.
     pub(crate) asked: Vec<(String, Answer)>,
     pub(crate) completed: u64,
+    /// Requests that have failed.
+    pub(crate) errors: u64,
+    /// Whether requests may fail: the disk does.
+    pub(crate) disk_fails: bool,
 }
 
-fn new_disk() -> Disk {
+fn new_disk(chance: &mut Chance) -> Disk {
+    // Indices wrap round soon, or late.
+    let first = if chance.happens(1, 2) { 0 } else { u16::MAX - u16::try_from(chance.below(24)).expect("few") };
     let limits = (QUEUES, QUEUE_SIZE);
     let (layout, file) = InflightLog::create(QUEUES, QUEUE_SIZE, limits).expect("memory");
     let queue = |_| {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).expect("anonymous memory");
-        Queue { driver: Driver::over(Arc::new(memory), LAYOUT, 0), slots: Default::default(), awake: Rc::default() }
+        Queue { driver: Driver::over(Arc::new(memory), LAYOUT, first), slots: Default::default(), awake: Rc::default() }
     };
     let log = InflightLog::map(layout, file.into(), limits).expect("just made");
-    Disk { queues: (0..QUEUES).map(queue).collect(), log, handles: Vec::new() }
+    Disk { queues: (0..QUEUES).map(queue).collect(), log, handles: Vec::new(), write_through: chance.happens(1, 4) }
 }
 
 impl Guest {
     pub(crate) fn new(seed: u64, shown: bool) -> Self {
+        let mut chance = Chance::new(seed ^ 0x9_0e57);
         Self {
-            disks: DISKS.map(|_| new_disk()).into(),
+            disks: DISKS.map(|_| new_disk(&mut chance)).into(),
             model: Model::new(DISKS.len()),
-            chance: Chance::new(seed ^ 0x9_0e57),
+            chance,
             trace: Trace::new(shown),
             wishes: 0,
             asked: Vec::new(),
             completed: 0,
+            errors: 0,
+            disk_fails: false,
         }
     }
 
     /// The machine of the guest is gone, and comes again.
     pub(crate) fn power_cut(&mut self) {
         self.daemon_gone();
-        self.disks = DISKS.map(|_| new_disk()).into();
+        self.disks = DISKS.map(|_| new_disk(&mut self.chance)).into();
     }
 
     /// The daemon is gone. The guest sees nothing of that.
@@ -174,16 +189,27 @@ impl Guest {
     }
 
     fn reap(&mut self, disk: usize, number: usize) {
+        let complete = if self.disks[disk].write_through { End::Durable } else { End::Complete };
         let queue = &mut self.disks[disk].queues[number];
         for used in queue.driver.completed() {
             let slot = used.head / 3;
             let request = queue.slots[usize::from(slot)].take().expect("what comes back is under way, and comes once");
             let at = SLOTS_AT + u64::from(slot) * SLOT_BYTES;
-            assert_eq!(queue.driver.read(at + 16, 1), [0], "{request:?} of disk {disk} succeeds");
-            self.trace.note(format_args!("{disk}.{number}: done {request:?}"));
+            let status = queue.driver.read(at + 16, 1)[0];
+            assert!(status == 0 || status == 1 && self.disk_fails, "{request:?} of disk {disk} ends with {status}");
+            self.trace.note(format_args!("{disk}.{number}: done {request:?}, {status}"));
             self.completed += 1;
+            if status != 0 {
+                self.errors += 1;
+                if let Request::Write(sectors) | Request::Zero(sectors) | Request::Discard(sectors) = request {
+                    self.model.change_completed(disk, sectors, End::Unknown);
+                }
+                continue;
+            }
             match request {
-                Request::Write(sectors) => self.model.write_completed(disk, sectors),
+                Request::Write(sectors) | Request::Zero(sectors) => self.model.change_completed(disk, sectors, complete),
+                // The blocks may keep what is in them.
+                Request::Discard(sectors) => self.model.change_completed(disk, sectors, End::Unknown),
                 Request::Flush(covered) => self.model.flush_completed(disk, covered),
                 Request::Read(sectors) => {
                     let len = usize::try_from((sectors.end - sectors.start) * SECTOR_BYTES).expect("small");
@@ -197,7 +223,7 @@ impl Guest {
     fn is_taken(&self, disk: usize, sectors: &Range<u64>, for_reading: bool) -> bool {
         let meets = |other: &Range<u64>| other.start < sectors.end && sectors.start < other.end;
         self.disks[disk].queues.iter().flat_map(|queue| queue.slots.iter().flatten()).any(|request| match request {
-            Request::Write(other) => meets(other),
+            Request::Write(other) | Request::Zero(other) | Request::Discard(other) => meets(other),
             Request::Read(other) => !for_reading && meets(other),
             Request::Flush(_) => false,
         })
@@ -207,8 +233,10 @@ impl Guest {
         let Some(slot) = self.disks[disk].queues[number].slots.iter().position(Option::is_none) else { return };
         let sectors = range(self.chance.index(3), self.chance.below(64), 1 + self.chance.below(8));
         let kind = match self.chance.below(16) {
-            0..10 => OUT,
-            10..14 => IN,
+            0..8 => OUT,
+            8..11 => IN,
+            11 => DISCARD,
+            12..14 => WRITE_ZEROES,
             _ => FLUSH,
         };
         if kind != FLUSH && self.is_taken(disk, &sectors, kind == IN) {
@@ -227,10 +255,18 @@ impl Guest {
                 (Some(readable(at + 0x1000, len)), Request::Write(sectors))
             }
             IN => (Some(writable(at + 0x1000, len)), Request::Read(sectors)),
+            DISCARD | WRITE_ZEROES => {
+                self.model.zeros_submitted(disk, sectors.clone());
+                let unmap = u32::from(kind == WRITE_ZEROES && self.chance.happens(1, 2));
+                let count = u32::try_from(count).expect("small");
+                driver.write(at + 0x1000, &[&first.to_le_bytes()[..], &count.to_le_bytes(), &unmap.to_le_bytes()].concat());
+                let request = if kind == DISCARD { Request::Discard } else { Request::Zero };
+                (Some(readable(at + 0x1000, 16)), request(sectors))
+            }
             _ => (None, Request::Flush(self.model.flush_submitted(disk))),
         };
         self.trace.note(format_args!("{disk}.{number}: submit {request:?}"));
-        let first = if kind == FLUSH { 0 } else { first };
+        let first = if matches!(kind, IN | OUT) { first } else { 0 };
         driver.write(at, &[&kind.to_le_bytes()[..], &[0; 4], &first.to_le_bytes()].concat());
         driver.write(at + 16, &[NO_STATUS]);
         let pieces: Vec<Piece> = [Some(readable(at, 16)), data, Some(writable(at + 16, 1))].into_iter().flatten().collect();
@@ -259,6 +295,15 @@ impl SimulatedThread for Processor {
     }
 }
 
+/// As [`Processor`], in the middle of a turn of another thread.
+pub(crate) fn guest_turn(guest: &Rc<RefCell<Guest>>) {
+    if let Ok(mut guest) = guest.try_borrow_mut()
+        && guest.has_work()
+    {
+        guest.turn();
+    }
+}
+
 type Working = (Worker<SimulatedEnvironment, ()>, WorkerHandle<SimulatedEnvironment>);
 
 /// A queue thread of the daemon. It begins with the first device.
@@ -273,6 +318,13 @@ pub(crate) struct QueueThread {
 impl QueueThread {
     pub(crate) fn new(executor: Executor) -> Self {
         Self { executor, awake: Rc::default(), worker: Rc::default() }
+    }
+
+    /// Has a turn in the middle of one of another thread, if there is something to do.
+    pub(crate) fn turn_if_free(&self) {
+        if self.worker.try_borrow_mut().is_ok() && self.has_work() {
+            self.clone().turn();
+        }
     }
 
     fn attach(&self, device: &Arc<Device<SimulatedEnvironment>>, index: u16, domain: &Arc<FenceDomain>) -> QueueHandle {
@@ -315,8 +367,8 @@ pub(crate) fn serve(
     let device = Device::new(shown, Arc::clone(stack)).expect("good options");
     // What the driver of a guest with a write-back cache accepts: FLUSH, CONFIG_WCE.
     device.cache().set_features(1 << 9 | 1 << 11);
-    device.cache().set_write_back(true);
     let disk = &mut guest.borrow_mut().disks[number];
+    device.cache().set_write_back(!disk.write_through);
     for (index, queue) in (0..QUEUES).zip(&mut disk.queues) {
         let thread = &threads[usize::from(index) % threads.len()];
         let handle = thread.attach(&device, index, domain);
@@ -325,7 +377,7 @@ pub(crate) fn serve(
         let _started = handle.start(Start {
             layout: LAYOUT,
             features: RingFeatures { event_idx: false, indirect: true },
-            base: 0,
+            base: queue.driver.used_index(),
             memory: queue.driver.memory(),
             record: disk.log.queue(index),
             kick: kick.try_into().expect("an eventfd"),

@@ -1,6 +1,7 @@
 //! What the guest and the client know, and what follows from it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use snapfence_image_format::units::SECTOR_BYTES;
 
@@ -11,17 +12,30 @@ const REGION_SECTORS: u64 = 12;
 /// Sectors of a disk that are looked at.
 pub(crate) const SECTORS: u64 = 256;
 
-/// A write to one sector.
+/// A change of one sector. Zeros are of write 0, whoever asked for them.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     id: u64,
     submitted: u64,
     completed: Option<u64>,
+    /// It may not have happened, although it is complete: a discard, or a write that failed.
+    may_be_missing: bool,
+}
+
+/// What becomes of a change that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It is there.
+    Complete,
+    /// As that, and a power cut cannot take it away.
+    Durable,
+    /// It may be there.
+    Unknown,
 }
 
 #[derive(Debug)]
 struct Sector {
-    /// In order: no write is submitted while another one of the sector is under way.
+    /// In order: no change is submitted while another one of the sector is under way.
     history: Vec<Entry>,
     /// The first that a power cut may go back to.
     durable: usize,
@@ -54,7 +68,7 @@ pub(crate) fn sectors() -> impl Iterator<Item = u64> {
 }
 
 /// Some sectors that follow one another, `place` and `from` being any numbers.
-pub(crate) fn range(place: usize, from: u64, count: u64) -> std::ops::Range<u64> {
+pub(crate) fn range(place: usize, from: u64, count: u64) -> Range<u64> {
     let from = from % REGION_SECTORS;
     let first = REGIONS[place % REGIONS.len()] + from;
     first..first + count.min(REGION_SECTORS - from)
@@ -79,19 +93,34 @@ impl Sector {
         Self { history: vec![entry], durable: 0 }
     }
 
-    fn place(&self, id: u64, what: &str) -> usize {
-        let found = self.history.iter().rposition(|entry| entry.id == id);
-        found.unwrap_or_else(|| panic!("{what} is of write {id}, which is not one of {:?}", self.history))
+    /// Whether the sector can read as write `id` when this entry is the last.
+    fn reads(&self, place: usize, id: u64) -> bool {
+        let entry = &self.history[place];
+        entry.id == id || entry.may_be_missing && place > 0 && self.reads(place - 1, id)
+    }
+
+    /// The last entries, newest first, after which the sector can read so.
+    fn places(&self, id: u64) -> impl Iterator<Item = usize> {
+        (0..self.history.len()).rev().filter(move |place| self.reads(*place, id))
     }
 
     fn last_completed(&self) -> usize {
         self.history.iter().rposition(|entry| entry.completed.is_some()).expect("zeros are complete")
     }
+
+    /// The cuts that have it so, as the numbers of events after which they can be, each from one up to another: after what it has was submitted,
+    /// before anything that it misses was complete.
+    fn cuts(&self, id: u64) -> impl Iterator<Item = Range<u64>> {
+        self.places(id).map(|place| {
+            let missed = self.history[place + 1..].iter().filter_map(|entry| entry.completed).min();
+            self.history[place].submitted..missed.unwrap_or(u64::MAX)
+        })
+    }
 }
 
 impl Model {
     pub(crate) fn new(disks: usize) -> Self {
-        let zeros = Entry { id: 0, submitted: 0, completed: Some(0) };
+        let zeros = Entry { id: 0, submitted: 0, completed: Some(0), may_be_missing: false };
         let disk = || sectors().map(|sector| (sector, Sector::of(zeros))).collect();
         Self { disks: (0..disks).map(|_| disk()).collect(), ..Self::default() }
     }
@@ -102,55 +131,79 @@ impl Model {
     }
 
     /// A write is submitted. Returns what it fills its sectors with.
-    pub(crate) fn write_submitted(&mut self, disk: usize, sectors: std::ops::Range<u64>) -> u64 {
-        let submitted = self.next_event();
+    pub(crate) fn write_submitted(&mut self, disk: usize, sectors: Range<u64>) -> u64 {
         self.writes += 1;
-        let entry = Entry { id: self.writes, submitted, completed: None };
-        for sector in sectors {
-            self.disks[disk].get_mut(&sector).expect("a place for writes").history.push(entry);
-        }
-        self.writes
+        let id = self.writes;
+        self.change_submitted(disk, sectors, id);
+        id
     }
 
-    pub(crate) fn write_completed(&mut self, disk: usize, sectors: std::ops::Range<u64>) {
+    /// Zeros are asked for.
+    pub(crate) fn zeros_submitted(&mut self, disk: usize, sectors: Range<u64>) {
+        self.change_submitted(disk, sectors, 0);
+    }
+
+    fn change_submitted(&mut self, disk: usize, sectors: Range<u64>, id: u64) {
+        let submitted = self.next_event();
+        let entry = Entry { id, submitted, completed: None, may_be_missing: false };
+        for number in sectors {
+            self.sector(disk, number).history.push(entry);
+        }
+    }
+
+    fn sector(&mut self, disk: usize, number: u64) -> &mut Sector {
+        self.disks[disk].get_mut(&number).expect("a place for writes")
+    }
+
+    pub(crate) fn change_completed(&mut self, disk: usize, sectors: Range<u64>, end: End) {
         let completed = self.next_event();
-        for sector in sectors {
-            let last = self.disks[disk].get_mut(&sector).and_then(|sector| sector.history.last_mut()).expect("submitted");
+        for number in sectors {
+            let sector = self.sector(disk, number);
+            let last = sector.history.last_mut().expect("submitted");
             assert!(last.completed.replace(completed).is_none(), "a write completes once");
+            last.may_be_missing = end == End::Unknown;
+            if end == End::Durable {
+                sector.durable = sector.history.len() - 1;
+            }
         }
     }
 
-    /// What a flush that is submitted now makes durable.
-    pub(crate) fn flush_submitted(&mut self, disk: usize) -> Vec<(u64, u64)> {
+    /// What a flush that is submitted now makes durable: of each sector so many entries.
+    pub(crate) fn flush_submitted(&mut self, disk: usize) -> Vec<(u64, usize)> {
         self.next_event();
-        self.disks[disk].iter().map(|(number, sector)| (*number, sector.history[sector.last_completed()].id)).collect()
+        self.disks[disk].iter().map(|(number, sector)| (*number, sector.last_completed())).collect()
     }
 
-    pub(crate) fn flush_completed(&mut self, disk: usize, covered: Vec<(u64, u64)>) {
-        for (number, id) in covered {
-            let sector = self.disks[disk].get_mut(&number).expect("a place for writes");
-            sector.durable = sector.durable.max(sector.place(id, "what was flushed"));
+    pub(crate) fn flush_completed(&mut self, disk: usize, covered: Vec<(u64, usize)>) {
+        for (number, last) in covered {
+            let sector = self.sector(disk, number);
+            sector.durable = sector.durable.max(last);
         }
     }
 
     /// Oracle 1: a read of sectors to which nothing is under way.
-    pub(crate) fn read_completed(&self, disk: usize, sectors: std::ops::Range<u64>, bytes: &[u8]) {
+    pub(crate) fn read_completed(&self, disk: usize, sectors: Range<u64>, bytes: &[u8]) {
         for (number, id) in sectors.zip(ids(bytes)) {
             let sector = &self.disks[disk][&number];
-            let expected = sector.history.last().expect("zeros").id;
-            assert_eq!(id, expected, "sector {number} of disk {disk}: read, and last written");
+            let history = &sector.history;
+            assert!(sector.reads(history.len() - 1, id), "sector {number} of disk {disk}: read {id}, and last written {history:?}");
         }
     }
 
     /// Oracle 2: what a power cut has left. From here on it is all that there is.
     pub(crate) fn settle(&mut self, disk: usize, bytes: &[u8]) {
-        let found = ids(bytes);
+        let (found, now) = (ids(bytes), self.events);
         for (number, sector) in &mut self.disks[disk] {
-            let what = format!("after a power cut sector {number} of disk {disk}");
-            let place = sector.place(found[usize::try_from(*number).expect("small")], &what);
-            assert!(place >= sector.durable, "{what} has lost write {} that a flush had covered", sector.history[sector.durable].id);
+            let id = found[usize::try_from(*number).expect("small")];
+            let place = sector.places(id).next().filter(|place| *place >= sector.durable);
+            let place = place.unwrap_or_else(|| {
+                panic!(
+                    "after a power cut sector {number} of disk {disk} is of write {id}; entry {} of its history had been flushed: {:?}",
+                    sector.durable, sector.history
+                )
+            });
             let entry = sector.history[place];
-            *sector = Sector::of(Entry { completed: Some(entry.completed.unwrap_or(self.events)), ..entry });
+            *sector = Sector::of(Entry { id, completed: Some(entry.completed.unwrap_or(now)), may_be_missing: false, ..entry });
         }
     }
 
@@ -188,23 +241,22 @@ impl Model {
             assert!(*before == contents, "what is in {name} has changed");
             return;
         }
-        let (mut latest_inside, mut first_outside) = (0, u64::MAX);
+        // Each sector says when the cut can have been.
+        let in_time = cut.asked..cut.answered.unwrap_or(u64::MAX);
+        let mut possible = Vec::new();
         for (disk, contents) in of.iter().zip(&contents) {
             for (number, sector) in &self.disks[*disk] {
-                let what = format!("in snapshot {name} sector {number} of disk {disk}");
-                let place = sector.place(contents[usize::try_from(*number).expect("small")], &what);
-                let (inside, outside) = sector.history.split_at(place + 1);
-                let submitted = inside[place].submitted;
-                assert!(cut.answered.is_none_or(|answered| submitted < answered), "{what} was written after the answer");
-                latest_inside = latest_inside.max(submitted);
-                for completed in outside.iter().filter_map(|entry| entry.completed) {
-                    assert!(completed > cut.asked, "{what} misses what was complete before it was asked for");
-                    first_outside = first_outside.min(completed);
-                }
+                let id = contents[usize::try_from(*number).expect("small")];
+                let (cuts, history): (Vec<_>, _) = (sector.cuts(id).collect(), &sector.history);
+                let fits = cuts.iter().any(|cut| cut.start < in_time.end && in_time.start < cut.end);
+                assert!(fits, "in {name}, {in_time:?}, sector {number} of disk {disk} is of write {id}, too old or too new: {history:?}");
+                possible.push(cuts);
             }
         }
+        let begins = possible.iter().flatten().map(|cut| cut.start.max(in_time.start)).collect::<BTreeSet<_>>();
+        let is_one_cut = |at: &u64| in_time.contains(at) && possible.iter().all(|cuts| cuts.iter().any(|cut| cut.contains(at)));
         assert!(
-            first_outside > latest_inside,
+            begins.iter().any(is_one_cut),
             "{name} is no one cut: it has what was submitted after something that it misses was complete"
         );
         cut.contents = Some(contents);

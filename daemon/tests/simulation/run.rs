@@ -11,11 +11,12 @@ use serde_json::{Value, json};
 use snapfence_image_format::chain::Format;
 use snapfence_image_format::qcow2::{CheckOptions, CreateOptions, check};
 use snapfence_image_format::storage::kept::TestKeeper;
-use snapfence_image_format::storage::simulated::{FileContent, SimulatedEnvironment, Simulation};
+use snapfence_image_format::storage::simulated::{ClockWatch, Fault, FileContent, OperationKind, SimulatedEnvironment, Simulation};
 use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment, Location};
 use snapfence_image_format::units::SECTOR_BYTES;
 
 use super::guest::{DISKS, Guest, Processor, QueueThread, serve};
+use super::interrupt::{Watched, interrupt_switches};
 use super::model::SECTORS;
 use super::support::{CatalogueFile, FOLDER, OnServe, World};
 
@@ -27,6 +28,8 @@ const MOST_ROUNDS: u64 = 4;
 const MOST_WISHES: u64 = 24;
 /// Microseconds before each.
 const MOST_NAP: u64 = 2000;
+/// Operations that a disk does before it fails, at most.
+const MOST_GOOD: u64 = 60;
 
 /// What one run has come to.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -39,6 +42,8 @@ pub(crate) struct Outcome {
     pub(crate) power_cuts: u64,
     pub(crate) kills: u64,
     pub(crate) simulated: Duration,
+    /// Requests that have failed because the disk has.
+    pub(crate) errors: u64,
 }
 
 /// What is there between daemons.
@@ -88,8 +93,9 @@ impl Life {
         }
     }
 
-    /// Recovery, and then so many snapshots while the guest goes on.
-    async fn live(self, rounds: u64, looks: bool) {
+    /// Recovery, and then so many snapshots while the guest goes on. With a disk that `fails`, the power has to be cut afterwards: what a failed
+    /// flush has lost can be seen until then.
+    async fn live(self, rounds: u64, looks: bool, fails: bool) {
         self.world.manager.recover().await.unwrap_or_else(|error| panic!("recovery: {error}"));
         for (disk, qcow2) in self.qcow2.into_iter().enumerate() {
             let (name, path, format) = (DISKS[disk], image(disk, qcow2), if qcow2 { "qcow2" } else { "raw" });
@@ -100,18 +106,37 @@ impl Life {
         if self.unsettled.get() {
             self.settle().await;
         }
+        if fails {
+            self.let_disk_fail();
+        }
         for _ in 0..rounds {
             let nap = {
                 let guest = &mut *self.guest.borrow_mut();
                 guest.wishes += 8 + u32::try_from(guest.chance.below(MOST_WISHES)).expect("few");
                 Duration::from_micros(guest.chance.below(MOST_NAP))
             };
+            let is_full = self.guest.borrow_mut().chance.happens(1, 8);
+            if is_full {
+                self.world.environment.set_space_limit(Some(0));
+            }
             self.world.environment.sleep_until(self.world.environment.now() + nap).await;
-            self.snapshot().await;
+            self.snapshot(is_full).await;
+            self.world.environment.set_space_limit(None);
         }
         while !self.guest.borrow().is_done() {
             self.world.pause().await;
         }
+    }
+
+    fn let_disk_fail(&self) {
+        let guest = &mut *self.guest.borrow_mut();
+        let chance = &mut guest.chance;
+        let kind = [OperationKind::Write, OperationKind::Read, OperationKind::Flush, OperationKind::Flush][chance.index(4)];
+        let after = chance.below(MOST_GOOD);
+        let fault = if chance.happens(2, 3) { Fault::once(kind, after) } else { Fault::lasting(kind, after) };
+        guest.trace.note(format_args!("the disk will fail: {fault:?}"));
+        guest.disk_fails = true;
+        self.world.environment.inject(fault);
     }
 
     async fn settle(&self) {
@@ -131,7 +156,8 @@ impl Life {
         guest.trace.note(format_args!("settled"));
     }
 
-    async fn snapshot(&self) {
+    /// With a disk that is full nothing that needs space goes on: the answer shall come nevertheless.
+    async fn snapshot(&self, is_full: bool) {
         let number = self.snapshots.get() + 1;
         self.snapshots.set(number);
         let name = format!("s{number}");
@@ -140,17 +166,21 @@ impl Life {
             1 => vec![1],
             _ => vec![0, 1],
         };
+        let deadline_ms = if self.guest.borrow_mut().chance.happens(1, 8) { 1 } else { 10_000 };
         let devices: Vec<Value> = members.iter().map(|disk| json!({ "device": DISKS[*disk] })).collect();
         let answer = {
             let guest = &mut *self.guest.borrow_mut();
             guest.trace.note(format_args!("{name} of {members:?} is asked for"));
             guest.model.asked(&name, members);
-            let answer = self.world.begin("snapshot-create", json!({ "name": name, "devices": devices }));
+            let answer = self.world.begin("snapshot-create", json!({ "name": name, "devices": devices, "deadline-ms": deadline_ms }));
             guest.asked.push((name.clone(), answer.clone()));
             answer
         };
         let answered = answer.wait().await;
         self.guest.borrow_mut().model.answered(&name);
+        if is_full {
+            self.world.environment.set_space_limit(None);
+        }
         if let Err(failure) = answered {
             self.guest.borrow_mut().trace.note(format_args!("{name}: {}", failure.desc));
             self.failed.set(self.failed.get() + 1);
@@ -158,6 +188,8 @@ impl Life {
         }
         let info = self.world.settled(&name).await;
         if info["state"] == "frozen" {
+            // Whoever looks has no disk that fails.
+            self.world.environment.clear_faults();
             self.look_at(&name, &info).await;
         } else {
             self.failed.set(self.failed.get() + 1);
@@ -222,15 +254,19 @@ async fn check_image(environment: &SimulatedEnvironment, path: &Path) {
 
 impl Run {
     /// A daemon and the guest on this disk.
-    fn begin(&self, environment: SimulatedEnvironment) -> (Simulation, Life) {
+    fn begin(&self, environment: SimulatedEnvironment) -> (Simulation, Life, ClockWatch) {
         let mut simulation = Simulation::on(environment.clone());
         let threads: Vec<QueueThread> = (0..2).map(|_| QueueThread::new(simulation.new_executor())).collect();
         for thread in &threads {
             simulation.add_thread(thread.clone());
         }
         simulation.add_thread(Processor(Rc::clone(&self.guest)));
-        let guest = Rc::clone(&self.guest);
-        let on_serve: OnServe = Rc::new(move |options, stack, domain| serve(&guest, &threads, options, stack, domain));
+        let (guest, watched) = (Rc::clone(&self.guest), Rc::<Watched>::default());
+        let watch = interrupt_switches(&environment, Rc::clone(&watched), threads.clone(), &self.guest);
+        let on_serve: OnServe = Rc::new(move |options, stack, domain| {
+            watched.add(stack);
+            serve(&guest, &threads, options, stack, domain);
+        });
         let world = World::start_with(environment, self.catalogue.clone(), &[], Arc::clone(&self.keeper), Some(on_serve));
         let life = Life {
             world,
@@ -241,7 +277,7 @@ impl Run {
             snapshots: Rc::clone(&self.snapshots),
             failed: Rc::clone(&self.failed),
         };
-        (simulation, life)
+        (simulation, life, watch)
     }
 }
 
@@ -261,20 +297,24 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
     let mut outcome = Outcome::default();
     let mut environment = SimulatedEnvironment::new(chance.number());
     {
-        let (mut simulation, life) = run.begin(environment.clone());
+        let (mut simulation, life, _watch) = run.begin(environment.clone());
         simulation.block_on(async move { life.create().await });
     }
     for _ in 0..1 + chance.below(2) {
-        let (mut simulation, life) = run.begin(environment.clone());
-        simulation.executor().spawn(life.live(1 + chance.below(MOST_ROUNDS), false));
-        let mut steps = chance.below(MOST_STEPS);
+        let (mut simulation, life, watch) = run.begin(environment.clone());
+        let fails = chance.happens(1, 4);
+        simulation.executor().spawn(life.live(1 + chance.below(MOST_ROUNDS), false, fails));
+        // Now and then in the middle of the recovery.
+        let most = if chance.happens(1, 4) { MOST_STEPS / 10 } else { MOST_STEPS };
+        let mut steps = chance.below(most);
         while steps > 0 && simulation.step() {
             steps -= 1;
         }
-        drop(simulation);
+        drop((simulation, watch));
         let guest = &mut *run.guest.borrow_mut();
         guest.wishes = 0;
-        if chance.happens(1, 2) {
+        if chance.happens(1, 2) || guest.disk_fails {
+            guest.disk_fails = false;
             environment = environment.crash();
             run.catalogue = run.catalogue.after_power_cut();
             run.keeper.forget();
@@ -289,14 +329,14 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
         }
         guest.trace.note(format_args!("the daemon is gone; unsettled {}, at {:?}", run.unsettled.get(), environment.now()));
     }
-    let (mut simulation, life) = run.begin(environment.clone());
+    let (mut simulation, life, _watch) = run.begin(environment.clone());
     simulation.block_on(async move {
-        life.clone().live(1, true).await;
+        life.clone().live(1, true, false).await;
         life.end().await;
     });
     let guest = run.guest.borrow();
     outcome.trace = guest.trace.hash();
-    outcome.requests = guest.completed;
+    (outcome.requests, outcome.errors) = (guest.completed, guest.errors);
     outcome.frozen = guest.model.frozen().len() as u64;
     outcome.failed = run.failed.get();
     outcome.simulated = environment.now();

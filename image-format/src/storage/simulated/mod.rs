@@ -4,6 +4,7 @@
 //! there sector by sector; operations fail, hang and run out of space when a test asks for it. All of it follows from one seed. The clock jumps
 //! to the next event when no thread has anything to do: see [`Simulation`].
 
+mod clock;
 mod crash;
 mod disk;
 mod fault;
@@ -21,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+pub use clock::{ClockWatch, watch_clock};
 pub use fault::{Fault, FaultEffect, Operation, OperationKind};
 pub use simulation::{SimulatedThread, Simulation};
 pub use space::{CrashSpace, CrashState};
@@ -261,8 +263,8 @@ impl SimulatedEnvironment {
         Self::with_disk(seed, world.disk.crashed(|_, _| true), world.now)
     }
 
-    /// Moves the clock to the next event. `false` if there is none.
-    pub(super) fn advance(&self) -> bool {
+    /// Moves the clock to the next event, as [`Simulation`] does by itself. `false` if there is none.
+    pub fn advance(&self) -> bool {
         let mut world = lock(&self.world);
         if world.next_time().is_none() {
             return false;
@@ -433,6 +435,7 @@ impl Environment for SimulatedEnvironment {
     }
 
     fn now(&self) -> Duration {
+        clock::look();
         lock(&self.world).now
     }
 
