@@ -76,6 +76,8 @@ pub enum FaultEffect {
     Error(i32),
     /// It does not end before [`release_hung`](super::SimulatedEnvironment::release_hung).
     Hang,
+    /// A transfer stops in the middle and is resumed: its sectors are transferred in two parts with time between them. Nothing else is changed by it.
+    Short,
 }
 
 impl Fault {

@@ -1,6 +1,8 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use futures_util::future::join;
+
 use super::*;
 use crate::buffer::AlignedBuffer;
 use crate::runtime::WaitQueue;
@@ -174,6 +176,34 @@ fn faults_strike_once_or_for_ever_and_hung_operations_go_on_when_released() {
         file.read(HostOffset::ZERO, sector(0)).await.0.unwrap();
         assert!(inner.now() - before >= Duration::from_secs(3600));
     });
+}
+
+#[test]
+fn short_transfers_are_resumed() {
+    let mut simulation = Simulation::new(6);
+    let environment = simulation.environment().clone();
+    environment.put("/file", &[0; 2048]);
+    let inner = environment.clone();
+    let torn = simulation.block_on(async move {
+        let file = file(&inner, Access::Write).await;
+        let mut torn = 0;
+        for value in 1..40 {
+            inner.inject(Fault::once(OperationKind::Write, 0).with(FaultEffect::Short));
+            inner.inject(Fault::once(OperationKind::Read, 0).with(FaultEffect::Short));
+            let bytes = || AlignedBuffer::copy_of(&[value; 2048]).into();
+            let before = inner.effects();
+            let ((written, _), (read, buffer)) = join(file.write(HostOffset::ZERO, bytes()), file.read(HostOffset::ZERO, bytes())).await;
+            written.unwrap();
+            read.unwrap();
+            assert_eq!(inner.effects() - before, 2, "a crash may come between the parts");
+            let seen = buffer.into_owned();
+            assert!(seen.iter().all(|byte| *byte == value || *byte == value - 1), "{value}");
+            torn += u32::from(seen[0] != seen[2047]);
+            assert_eq!(inner.bytes("/file").unwrap(), [value; 2048]);
+        }
+        torn
+    });
+    assert!(torn > 0, "no read saw a part of a write");
 }
 
 #[test]

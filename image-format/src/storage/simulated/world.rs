@@ -71,6 +71,8 @@ struct UnderWay {
     action: Action,
     path: PathBuf,
     fault: Option<FaultEffect>,
+    /// What a read that was stopped short has read.
+    read: Vec<u8>,
     /// Changes below this number are what a flush covers.
     bound: u64,
     slot: Arc<Slot>,
@@ -167,7 +169,8 @@ impl World {
                 self.schedule(earlier, Event::Show(number));
             }
         }
-        let under_way = UnderWay { action, path: path.to_owned(), fault, bound: self.disk.next_change(), slot: Arc::clone(&slot) };
+        let under_way =
+            UnderWay { action, path: path.to_owned(), fault, read: Vec::new(), bound: self.disk.next_change(), slot: Arc::clone(&slot) };
         self.under_way.insert(number, under_way);
         slot
     }
@@ -284,14 +287,22 @@ impl World {
             }
             self.effects += 1;
         }
-        let UnderWay { mut action, path, fault, bound, slot } = self.under_way.remove(&number)?;
+        if self.stop_short(number) {
+            return None;
+        }
+        let UnderWay { mut action, path, fault, read, bound, slot } = self.under_way.remove(&number)?;
         let result = match fault {
             Some(FaultEffect::Error(errno)) => {
                 self.fail(&action, bound);
                 Err(io::Error::from_raw_os_error(errno))
             }
-            Some(FaultEffect::Hang) | None => self.perform(&mut action, bound),
+            Some(FaultEffect::Hang | FaultEffect::Short) | None => self.perform(&mut action, bound),
         };
+        if let Action::Read { buffer, .. } = &mut action
+            && !read.is_empty()
+        {
+            buffer.copy_in(0, &read[..half(read.len())]);
+        }
         let (at, len) = action.extent();
         if self.log.len() == LOG_LEN {
             self.log.pop_front();
@@ -302,6 +313,35 @@ impl World {
             _ => None,
         };
         slot.fill(Outcome { result, buffer })
+    }
+
+    /// Transfers the first part of a transfer that is to stop there, and lets it go on later. `false` if it is none.
+    fn stop_short(&mut self, number: u64) -> bool {
+        let Some(under_way) = self.under_way.get_mut(&number) else { return false };
+        if under_way.fault != Some(FaultEffect::Short) {
+            return false;
+        }
+        under_way.fault = None;
+        let kind = under_way.action.kind();
+        match &mut under_way.action {
+            // What is read first may be old by the time that the rest is read.
+            Action::Read { inode, at, buffer } => match self.disk.visible(*inode).read(*at, buffer) {
+                Ok(()) => under_way.read = bytes_of(buffer),
+                Err(_) => return false,
+            },
+            Action::Write { inode, at, buffer } => {
+                let (inode, at, bytes) = (*inode, *at, bytes_of(buffer));
+                let first = half(bytes.len());
+                if self.admit_space(inode, at, first as u64).is_err() {
+                    return false;
+                }
+                write(&mut self.disk, inode, at, &bytes[..first]);
+            }
+            _ => return false,
+        }
+        let delay = self.delay(kind);
+        self.schedule(delay, Event::End(number));
+        true
     }
 
     fn perform(&mut self, action: &mut Action, bound: u64) -> io::Result<Option<(u64, PathBuf)>> {
@@ -393,6 +433,12 @@ impl Action {
             Self::Open { .. } | Self::Flush { .. } | Self::Rename { .. } | Self::Remove { .. } | Self::FlushDirectory { .. } => (0, 0),
         }
     }
+}
+
+/// Where a transfer of so many bytes stops short: at a sector.
+fn half(len: usize) -> usize {
+    let sector = SECTOR as usize;
+    (len / 2).next_multiple_of(sector).min(len)
 }
 
 fn bytes_of(buffer: &Buffer) -> Vec<u8> {
