@@ -3,7 +3,7 @@
 # make sim     the whole daemon in a simulation, as many runs as SEEDS says
 # make build   the programs, optimised
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot
-# make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz)
+# make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz), address sanitizer included
 # make guest   the guest that the tests and the demo boot
 # make install what this machine lacks for the above, from Debian's packages; make install-fuzzer that and what fuzzing takes, by rustup
 # make fmt, make lint, make clean
@@ -31,6 +31,7 @@ test: install fmt-check lint doc
 	@cargo build --workspace --bins
 	@tests/guest/build.sh root
 	@tests/run.sh
+	@tests/fuzz.sh --plain
 
 sim:
 	@SNAPFENCE_SEEDS=$(SEEDS) cargo test --package snapfenced --test simulation nothing_is_lost -- --nocapture
