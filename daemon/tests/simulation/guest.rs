@@ -18,7 +18,7 @@ use snapfenced::worker::{QueueHandle, Start, Turn, Worker, WorkerHandle};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::driver::{Driver, NEXT, Piece, readable, writable};
-use super::model::{End, Model, filled, range};
+use super::model::{End, Model, cluster, filled, range};
 use super::support::Answer;
 
 pub(crate) const DISKS: [&str; 2] = ["vda", "vdb"];
@@ -231,13 +231,17 @@ impl Guest {
 
     fn submit(&mut self, disk: usize, number: usize) {
         let Some(slot) = self.disks[disk].queues[number].slots.iter().position(Option::is_none) else { return };
-        let sectors = range(self.chance.index(3), self.chance.below(64), 1 + self.chance.below(8));
         let kind = match self.chance.below(16) {
             0..8 => OUT,
             8..11 => IN,
             11 => DISCARD,
             12..14 => WRITE_ZEROES,
             _ => FLUSH,
+        };
+        let sectors = if matches!(kind, DISCARD | WRITE_ZEROES) && self.chance.happens(1, 2) {
+            cluster(self.chance.below(64))
+        } else {
+            range(self.chance.index(3), self.chance.below(64), 1 + self.chance.below(8))
         };
         if kind != FLUSH && self.is_taken(disk, &sectors, kind == IN) {
             return;
@@ -313,11 +317,18 @@ pub(crate) struct QueueThread {
     /// Whether there is something to do: a kick, or what the last turn has left.
     awake: Rc<Cell<bool>>,
     worker: Rc<RefCell<Option<Working>>>,
+    /// Turns that it does not have, although it has work and has loaded its views.
+    held_up: Rc<Cell<u64>>,
+    chance: Rc<RefCell<Chance>>,
 }
 
+/// Turns for which a thread is held up, at most.
+const MOST_HELD_UP: u64 = 48;
+
 impl QueueThread {
-    pub(crate) fn new(executor: Executor) -> Self {
-        Self { executor, awake: Rc::default(), worker: Rc::default() }
+    pub(crate) fn new(executor: Executor, chance: Chance) -> Self {
+        let (awake, worker, held_up) = Default::default();
+        Self { executor, awake, worker, held_up, chance: Rc::new(RefCell::new(chance)) }
     }
 
     /// Has a turn in the middle of one of another thread, if there is something to do.
@@ -341,9 +352,18 @@ impl SimulatedThread for QueueThread {
     }
 
     fn turn(&mut self) {
+        if self.held_up.get() > 0 {
+            self.held_up.set(self.held_up.get() - 1);
+            return;
+        }
         let mut worker = self.worker.borrow_mut();
         let (worker, _) = worker.as_mut().expect("it has work");
-        self.awake.set(worker.turn() == Turn::Busy);
+        let is_busy = worker.turn() == Turn::Busy;
+        self.awake.set(is_busy);
+        let chance = &mut *self.chance.borrow_mut();
+        if is_busy && chance.happens(1, 2) {
+            self.held_up.set(chance.below(MOST_HELD_UP));
+        }
     }
 }
 

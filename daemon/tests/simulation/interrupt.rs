@@ -3,7 +3,7 @@
 //! A fence looks at the clock there. Meanwhile the others have turns, one of them held up as well: a thread that was parked takes requests into
 //! the new views, and one that was running takes them into the old ones. What holds the cut together then is that completions are held.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak as WeakRc};
 use std::sync::{Arc, Weak};
 
@@ -18,16 +18,19 @@ const MOST_TURNS: u64 = 200;
 
 /// The stacks whose views are watched, each with where its view was.
 #[derive(Default)]
-pub(crate) struct Watched(RefCell<Vec<(Weak<Stack<SimulatedEnvironment>>, usize)>>);
+pub(crate) struct Watched {
+    views: RefCell<Vec<(Weak<Stack<SimulatedEnvironment>>, usize)>>,
+    switches: Cell<u64>,
+}
 
 impl Watched {
     pub(crate) fn add(&self, stack: &Arc<Stack<SimulatedEnvironment>>) {
-        self.0.borrow_mut().push((Arc::downgrade(stack), Arc::as_ptr(&stack.view()) as usize));
+        self.views.borrow_mut().push((Arc::downgrade(stack), Arc::as_ptr(&stack.view()) as usize));
     }
 
     /// Whether views have been published since the last call, of which a fence that is held is part.
     fn are_switching(&self) -> bool {
-        let Ok(mut watched) = self.0.try_borrow_mut() else { return false };
+        let Ok(mut watched) = self.views.try_borrow_mut() else { return false };
         let mut switching = false;
         for (stack, before) in &mut *watched {
             let Some(stack) = stack.upgrade() else { continue };
@@ -37,7 +40,13 @@ impl Watched {
                 switching |= view.fence().is_some_and(|member| member.fence().outcome().is_none());
             }
         }
+        self.switches.set(self.switches.get() + u64::from(switching));
         switching
+    }
+
+    /// How many there have been.
+    pub(crate) fn switches(&self) -> u64 {
+        self.switches.get()
     }
 }
 

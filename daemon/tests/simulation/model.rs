@@ -11,6 +11,7 @@ const REGIONS: [u64; 3] = [0, 120, 240];
 const REGION_SECTORS: u64 = 12;
 /// Sectors of a disk that are looked at.
 pub(crate) const SECTORS: u64 = 256;
+const CLUSTER_SECTORS: u64 = 128;
 
 /// A change of one sector. Zeros are of write 0, whoever asked for them.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +73,12 @@ pub(crate) fn range(place: usize, from: u64, count: u64) -> Range<u64> {
     let from = from % REGION_SECTORS;
     let first = REGIONS[place % REGIONS.len()] + from;
     first..first + count.min(REGION_SECTORS - from)
+}
+
+/// All sectors of a cluster, most of which nobody writes to.
+pub(crate) fn cluster(number: u64) -> Range<u64> {
+    let first = number * CLUSTER_SECTORS % SECTORS;
+    first..first + CLUSTER_SECTORS
 }
 
 /// The bytes of sectors that one write has filled.
@@ -146,19 +153,14 @@ impl Model {
     fn change_submitted(&mut self, disk: usize, sectors: Range<u64>, id: u64) {
         let submitted = self.next_event();
         let entry = Entry { id, submitted, completed: None, may_be_missing: false };
-        for number in sectors {
-            self.sector(disk, number).history.push(entry);
+        for (_, sector) in self.disks[disk].range_mut(sectors) {
+            sector.history.push(entry);
         }
-    }
-
-    fn sector(&mut self, disk: usize, number: u64) -> &mut Sector {
-        self.disks[disk].get_mut(&number).expect("a place for writes")
     }
 
     pub(crate) fn change_completed(&mut self, disk: usize, sectors: Range<u64>, end: End) {
         let completed = self.next_event();
-        for number in sectors {
-            let sector = self.sector(disk, number);
+        for (_, sector) in self.disks[disk].range_mut(sectors) {
             let last = sector.history.last_mut().expect("submitted");
             assert!(last.completed.replace(completed).is_none(), "a write completes once");
             last.may_be_missing = end == End::Unknown;
@@ -176,7 +178,7 @@ impl Model {
 
     pub(crate) fn flush_completed(&mut self, disk: usize, covered: Vec<(u64, usize)>) {
         for (number, last) in covered {
-            let sector = self.sector(disk, number);
+            let sector = self.disks[disk].get_mut(&number).expect("a place for writes");
             sector.durable = sector.durable.max(last);
         }
     }

@@ -24,8 +24,12 @@ use super::support::{CatalogueFile, FOLDER, OnServe, World};
 const MOST_STEPS: u64 = 4000;
 /// Snapshots in one life, at most.
 const MOST_ROUNDS: u64 = 4;
-/// Requests of the guest around each, less eight.
-const MOST_WISHES: u64 = 24;
+/// Requests of the guest before each, less four.
+const MOST_WISHES: u64 = 12;
+/// How often the guest has more wishes while a snapshot is being taken.
+const MOST_MEANWHILE: u32 = 16;
+/// Turns after a switch at which a daemon may be ended.
+const AFTER_SWITCH: u64 = 100;
 /// Microseconds before each.
 const MOST_NAP: u64 = 2000;
 /// Operations that a disk does before it fails, at most.
@@ -59,6 +63,12 @@ struct Run {
     layers: Rc<RefCell<BTreeMap<String, FileContent>>>,
     snapshots: Rc<Cell<u32>>,
     failed: Rc<Cell<u64>>,
+}
+
+/// What interrupts a daemon's switches, and counts them.
+struct Interruptions {
+    _watch: ClockWatch,
+    watched: Rc<Watched>,
 }
 
 /// One life of a daemon, as its control thread needs it.
@@ -112,7 +122,7 @@ impl Life {
         for _ in 0..rounds {
             let nap = {
                 let guest = &mut *self.guest.borrow_mut();
-                guest.wishes += 8 + u32::try_from(guest.chance.below(MOST_WISHES)).expect("few");
+                guest.wishes += 4 + u32::try_from(guest.chance.below(MOST_WISHES)).expect("few");
                 Duration::from_micros(guest.chance.below(MOST_NAP))
             };
             let is_full = self.guest.borrow_mut().chance.happens(1, 8);
@@ -176,6 +186,18 @@ impl Life {
             guest.asked.push((name.clone(), answer.clone()));
             answer
         };
+        // The guest is busy meanwhile.
+        for _ in 0..MOST_MEANWHILE {
+            if answer.is_there() {
+                break;
+            }
+            let nap = {
+                let guest = &mut *self.guest.borrow_mut();
+                guest.wishes += u32::try_from(guest.chance.below(5)).expect("few");
+                Duration::from_micros(guest.chance.below(MOST_NAP))
+            };
+            self.world.environment.sleep_until(self.world.environment.now() + nap).await;
+        }
         let answered = answer.wait().await;
         self.guest.borrow_mut().model.answered(&name);
         if is_full {
@@ -254,14 +276,16 @@ async fn check_image(environment: &SimulatedEnvironment, path: &Path) {
 
 impl Run {
     /// A daemon and the guest on this disk.
-    fn begin(&self, environment: SimulatedEnvironment) -> (Simulation, Life, ClockWatch) {
+    fn begin(&self, environment: SimulatedEnvironment) -> (Simulation, Life, Interruptions) {
         let mut simulation = Simulation::on(environment.clone());
-        let threads: Vec<QueueThread> = (0..2).map(|_| QueueThread::new(simulation.new_executor())).collect();
+        let threads: Vec<QueueThread> =
+            (0..2).map(|thread| QueueThread::new(simulation.new_executor(), Chance::new(environment.seed() ^ thread))).collect();
         for thread in &threads {
             simulation.add_thread(thread.clone());
         }
         simulation.add_thread(Processor(Rc::clone(&self.guest)));
         let (guest, watched) = (Rc::clone(&self.guest), Rc::<Watched>::default());
+        let looked_at = Rc::clone(&watched);
         let watch = interrupt_switches(&environment, Rc::clone(&watched), threads.clone(), &self.guest);
         let on_serve: OnServe = Rc::new(move |options, stack, domain| {
             watched.add(stack);
@@ -277,7 +301,7 @@ impl Run {
             snapshots: Rc::clone(&self.snapshots),
             failed: Rc::clone(&self.failed),
         };
-        (simulation, life, watch)
+        (simulation, life, Interruptions { _watch: watch, watched: looked_at })
     }
 }
 
@@ -307,8 +331,17 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
         // Now and then in the middle of the recovery.
         let most = if chance.happens(1, 4) { MOST_STEPS / 10 } else { MOST_STEPS };
         let mut steps = chance.below(most);
+        // Or soon after a switch.
+        let last_switch = chance.happens(1, 3).then(|| chance.below(2));
+        let after_switch = chance.below(AFTER_SWITCH);
+        if last_switch.is_some() {
+            steps = MOST_STEPS;
+        }
         while steps > 0 && simulation.step() {
             steps -= 1;
+            if last_switch.is_some_and(|last| watch.watched.switches() > last) {
+                steps = steps.min(after_switch);
+            }
         }
         drop((simulation, watch));
         let guest = &mut *run.guest.borrow_mut();
