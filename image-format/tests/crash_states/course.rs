@@ -178,7 +178,7 @@ async fn serve(machine: Rc<RefCell<Machine>>, steps: Vec<Step>) {
         match step {
             Step::Write(sectors) => {
                 let change = machine.borrow_mut().expected.begin(sectors.clone(), value, false);
-                write(&opened.stack, sectors, value).await;
+                write(&opened.stack, sectors, value).await.expect("written");
                 machine.borrow_mut().expected.end(change);
             }
             Step::Discard(sectors) => {
@@ -191,11 +191,7 @@ async fn serve(machine: Rc<RefCell<Machine>>, steps: Vec<Step>) {
                 opened.stack.view().write_zeroes(range(&sectors), true).await.expect("zeroed");
                 machine.borrow_mut().expected.end(change);
             }
-            Step::Flush => {
-                let began = machine.borrow().expected.time();
-                opened.stack.view().flush().await.expect("flushed");
-                machine.borrow_mut().expected.durable(began);
-            }
+            Step::Flush => flush(&machine, &opened).await,
             Step::Snapshot => snapshot(&machine, &opened).await,
         }
         let content = read_all(&opened.stack).await.unwrap_or_else(|error| panic!("step {number}: {error}"));
@@ -204,13 +200,20 @@ async fn serve(machine: Rc<RefCell<Machine>>, steps: Vec<Step>) {
     machine.borrow_mut().ended = true;
 }
 
+/// What has ended when it begins is durable when it ends.
+async fn flush(machine: &RefCell<Machine>, opened: &Opened) {
+    let began = machine.borrow().expected.time();
+    opened.stack.view().flush().await.expect("flushed");
+    machine.borrow_mut().expected.durable(began);
+}
+
 /// Puts an overlay on the stack, and lets what was the top be frozen.
 async fn snapshot(machine: &Rc<RefCell<Machine>>, opened: &Rc<Opened>) {
     let (environment, layout, old) = {
         let machine = machine.borrow();
         (machine.environment.clone(), machine.layout, machine.top)
     };
-    let overlay = layout.make_overlay(&environment, old + 1, &opened.keeper).await;
+    let overlay = layout.make_overlay(&environment, old + 1, &opened.keeper).await.expect("an overlay");
     // The intent is recorded, and the fence passed: nobody else takes requests.
     machine.borrow_mut().top = old + 1;
     let fence = opened.domain.fence();

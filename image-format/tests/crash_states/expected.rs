@@ -56,7 +56,7 @@ impl Expected {
         self.tick();
         for sector in sectors.clone() {
             let entries = &mut self.sectors[sector as usize];
-            let mut values = if may_stay { entries[entries.len() - 1].values.clone() } else { Vec::new() };
+            let mut values = if may_stay { possible(entries) } else { Vec::new() };
             if !values.contains(&value) {
                 values.push(value);
             }
@@ -65,7 +65,7 @@ impl Expected {
         Change(sectors)
     }
 
-    /// It has been acknowledged.
+    /// It has been acknowledged. One that fails never is.
     pub(crate) fn end(&mut self, change: Change) {
         let now = self.tick();
         for sector in change.0 {
@@ -86,7 +86,7 @@ impl Expected {
     /// A snapshot cuts the disk, between two changes, and freezes a layer. Returns its number.
     pub(crate) fn cut(&mut self, layer: usize) -> usize {
         let time = self.tick();
-        let values = self.sectors.iter().map(|entries| entries[entries.len() - 1].values.clone()).collect();
+        let values = self.sectors.iter().map(|entries| possible(entries)).collect();
         self.cuts.push(Cut { layer, values, time, frozen: false });
         self.cuts.len() - 1
     }
@@ -102,8 +102,7 @@ impl Expected {
     /// # Errors
     /// Where not.
     pub(crate) fn meet_read(&self, content: &[Value]) -> Result<(), String> {
-        let newest = |entries: &Vec<Entry>| entries[entries.len() - 1].values.clone();
-        meet(content, self.sectors.iter().map(newest))
+        meet(content, self.sectors.iter().map(|entries| possible(entries)))
     }
 
     /// Whether a crash now may leave this: of each layer what the disk has down from there.
@@ -118,6 +117,12 @@ impl Expected {
         }
         Ok(())
     }
+}
+
+/// What a reader may see: what has ended last, or what has failed or is under way since.
+fn possible(entries: &[Entry]) -> Vec<Value> {
+    let last = entries.iter().rposition(|entry| entry.ended.is_some()).unwrap_or(0);
+    entries[last..].iter().flat_map(|entry| entry.values.iter().copied()).collect()
 }
 
 fn meet(content: &[Value], allowed: impl Iterator<Item = Vec<Value>>) -> Result<(), String> {

@@ -1,10 +1,12 @@
 //! Stacks that are so small that all disks that a crash may leave can be looked at.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use snapfence_image_format::buffer::AlignedBuffer;
 use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::error::LayerError;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateOptions, Header, OpenOptions, Qcow2};
 use snapfence_image_format::stack::{FenceDomain, Stack};
@@ -116,47 +118,50 @@ impl Layout {
             (0..).zip(bytes.chunks_exact_mut(SECTOR)).for_each(|(sector, bytes)| pattern::fill(BASE, sector, bytes));
             environment.put(format!("{FOLDER}/base"), &bytes);
         }
-        let file = self.new_file(environment, 0).await;
+        let file = self.new_file(environment, 0).await.expect("a new image");
         file.flush().await.expect("durable");
         drop(file);
         let stack = Opened::open(environment, 0).await.expect("a new image opens").stack;
-        write(&stack, self.filled.clone(), FIRST).await;
+        write(&stack, self.filled.clone(), FIRST).await.expect("written");
         stack.close().await.expect("closed");
     }
 
-    async fn new_file(&self, environment: &SimulatedEnvironment, number: usize) -> <SimulatedEnvironment as Environment>::File {
+    async fn new_file(&self, environment: &SimulatedEnvironment, number: usize) -> io::Result<<SimulatedEnvironment as Environment>::File> {
         let backing = match number {
             0 if self.raw_base => Some(("base".to_owned(), Format::Raw)),
             0 => None,
             _ => Some((image_name(number - 1), Format::Qcow2)),
         };
         let location = Location::Trusted(image_path(number).into());
-        let file = environment.open(&location, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
-        Qcow2::<SimulatedEnvironment>::create(&file, &self.options(backing)).await.expect("an image");
-        file
+        let file = environment.open(&location, Access::CreateNew, CacheMode::Direct).await?;
+        Qcow2::<SimulatedEnvironment>::create(&file, &self.options(backing)).await.map_err(io::Error::other)?;
+        Ok(file)
     }
 
     /// Makes an overlay and gets it ready, as the daemon does.
+    ///
+    /// # Errors
+    /// Whatever fails; what has been made so far stays.
     pub(crate) async fn make_overlay(
         &self,
         environment: &SimulatedEnvironment,
         number: usize,
         keeper: &Arc<dyn MemoryKeeper>,
-    ) -> Arc<Layer<SimulatedEnvironment>> {
-        let file = self.new_file(environment, number).await;
-        file.flush().await.expect("durable");
+    ) -> io::Result<Arc<Layer<SimulatedEnvironment>>> {
+        let file = self.new_file(environment, number).await?;
+        file.flush().await?;
         drop(file);
         let location = Location::Trusted(image_path(number).into());
-        let file = environment.open(&location, Access::Write, CacheMode::Direct).await.expect("the file is there");
+        let file = environment.open(&location, Access::Write, CacheMode::Direct).await?;
         file.set_sharing(Sharing::Writer).await.expect("nobody uses it");
-        let header = Header::read(&file).await.expect("a header");
-        let image = Qcow2::open_with_header(file, header, OpenOptions::writing()).await.expect("an image");
+        let header = Header::read(&file).await.map_err(io::Error::other)?;
+        let image = Qcow2::open_with_header(file, header, OpenOptions::writing()).await.map_err(io::Error::other)?;
         let layer = Layer::Qcow2(image);
-        layer.keep(keeper).await.expect("kept");
-        layer.warm().await.expect("warm");
-        layer.flush().await.expect("durable");
-        environment.flush_directory(FOLDER.as_ref()).await.expect("durable");
-        Arc::new(layer)
+        layer.keep(keeper).await.map_err(io::Error::other)?;
+        layer.warm().await.map_err(io::Error::other)?;
+        layer.flush().await.map_err(io::Error::other)?;
+        environment.flush_directory(FOLDER.as_ref()).await?;
+        Ok(Arc::new(layer))
     }
 
     /// Number of the layer that image `number` is, from the base.
@@ -186,13 +191,21 @@ impl Opened {
     /// # Errors
     /// What is wrong with it.
     pub(crate) async fn open(environment: &SimulatedEnvironment, top: usize) -> Result<Self, String> {
+        Self::open_for(environment, top, true).await
+    }
+
+    /// As [`open`](Self::open), perhaps for reading only.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) async fn open_for(environment: &SimulatedEnvironment, top: usize, writable: bool) -> Result<Self, String> {
         let keeper: Arc<dyn MemoryKeeper> = Arc::<TestKeeper>::default();
         let allowed = AllowedDirectories::default().with_directory_of(&PathBuf::from(image_path(top)));
         let options = ChainOptions {
             allowed: &allowed,
             data_files: &[],
             cache: CacheMode::Direct,
-            writable: true,
+            writable,
             protected: &Unprotected,
             keeper: Some(&keeper),
         };
@@ -201,7 +214,7 @@ impl Opened {
         let clock = environment.clone();
         let domain = FenceDomain::new(move || clock.now());
         let layers = layers.into_iter().map(|layer| layer.layer).collect();
-        Ok(Self { stack: Stack::new(environment.clone(), &domain, layers, false), domain, keeper })
+        Ok(Self { stack: Stack::new(environment.clone(), &domain, layers, !writable), domain, keeper })
     }
 }
 
@@ -211,11 +224,14 @@ pub(crate) fn range(sectors: &std::ops::Range<u64>) -> GuestRange {
 }
 
 /// Writes one value to some sectors.
-pub(crate) async fn write(stack: &SimulatedStack, sectors: std::ops::Range<u64>, value: Value) {
+///
+/// # Errors
+/// If the stack fails.
+pub(crate) async fn write(stack: &SimulatedStack, sectors: std::ops::Range<u64>, value: Value) -> Result<(), LayerError> {
     let range = range(&sectors);
     let mut bytes = AlignedBuffer::zeroed(range.len as usize);
     sectors.zip(bytes.chunks_exact_mut(SECTOR)).for_each(|(sector, bytes)| pattern::fill(value, sector, bytes));
-    stack.view().write(range.start, bytes.into()).await.0.expect("written");
+    stack.view().write(range.start, bytes.into()).await.0
 }
 
 /// What each sector of a stack has.

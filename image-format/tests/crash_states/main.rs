@@ -12,6 +12,7 @@
 
 mod course;
 mod expected;
+mod faults;
 mod foreign;
 mod layout;
 #[path = "../model/pattern.rs"]
@@ -40,6 +41,17 @@ fn seed() -> u64 {
     std::env::var("SNAPFENCE_SEED").map_or(1, |seed| seed.parse().expect("a number"))
 }
 
+/// Lets no course begin any more when one has failed.
+struct StopAll<'a>(&'a AtomicUsize);
+
+impl Drop for StopAll<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(usize::MAX / 2, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Runs all courses, on as many threads as there are processors.
 fn run_all(name: &str, courses: &[Course], limits: Limits, foreign_every: u64) -> Tally {
     let recoveries = Recoveries::new(foreign_every);
@@ -47,6 +59,7 @@ fn run_all(name: &str, courses: &[Course], limits: Limits, foreign_every: u64) -
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let mut tally = std::thread::scope(|scope| {
         let run = || {
+            let _stop = StopAll(&next);
             let mut tally = Tally::default();
             while let Some(course) = courses.get(next.fetch_add(1, Ordering::Relaxed)) {
                 tally += course.run(limits, &recoveries);

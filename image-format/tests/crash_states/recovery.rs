@@ -6,7 +6,7 @@ use std::collections::hash_map::Entry;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use snapfence_image_format::qcow2::{CheckOptions, CheckReport, Repair, check};
+use snapfence_image_format::qcow2::{CheckOptions, CheckReport, Header, Repair, check};
 use snapfence_image_format::stack::Stack;
 use snapfence_image_format::storage::simulated::{CrashSpace, CrashState, OperationKind, SimulatedEnvironment, Simulation};
 use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment, Location};
@@ -117,6 +117,14 @@ impl Changes {
     }
 }
 
+/// What is found when a disk is recovered, without power cuts meanwhile.
+///
+/// # Panics
+/// If it cannot be recovered, is corrupt, or keeps leaks.
+pub(crate) fn recover_once(disk: &SimulatedEnvironment, top: usize) -> Recovered {
+    recover(disk, top, |_| {}).0
+}
+
 /// Repairs leaks, opens, reads everything, closes. Returns what was found and how many leaks there were. `meanwhile` is called whenever the
 /// medium has changed.
 fn recover(environment: &SimulatedEnvironment, top: usize, mut meanwhile: impl FnMut(&SimulatedEnvironment)) -> (Recovered, u64) {
@@ -139,7 +147,11 @@ fn recover(environment: &SimulatedEnvironment, top: usize, mut meanwhile: impl F
     found.unwrap_or_else(|error| panic!("a power cut has left a disk that {error}"))
 }
 
-async fn look_and_repair(environment: &SimulatedEnvironment, top: usize) -> Result<(Recovered, u64), String> {
+/// Recovers a disk as a program does that starts after a crash. Returns what was found and how many leaks there were.
+///
+/// # Errors
+/// What is wrong with it, or what fails.
+pub(crate) async fn look_and_repair(environment: &SimulatedEnvironment, top: usize) -> Result<(Recovered, u64), String> {
     let mut leaks = 0;
     for number in 0..=top {
         let report = check_image(environment, number, Repair::None).await?;
@@ -151,6 +163,7 @@ async fn look_and_repair(environment: &SimulatedEnvironment, top: usize) -> Resu
             }
         }
     }
+    let made = in_the_making(environment, top + 1).await?;
     let opened = Opened::open(environment, top).await.map_err(|error| format!("does not open: {error}"))?;
     let layers = opened.stack.view().layers().to_vec();
     let mut contents = Vec::new();
@@ -159,6 +172,9 @@ async fn look_and_repair(environment: &SimulatedEnvironment, top: usize) -> Resu
         contents.push(read_all(&beneath).await?);
     }
     contents.push(read_all(&opened.stack).await?);
+    if made.is_some_and(|made| made != contents[contents.len() - 1]) {
+        return Err(format!("has something in image {}, to which nobody has written", top + 1));
+    }
     opened.stack.close().await.map_err(|error| format!("does not close: {error}"))?;
     drop((opened, layers));
     for number in 0..=top {
@@ -168,6 +184,19 @@ async fn look_and_repair(environment: &SimulatedEnvironment, top: usize) -> Resu
         }
     }
     Ok((Recovered { contents }, leaks))
+}
+
+/// What the stack reads with an overlay on top that was being made, if there is one already: it is no image, or a whole one.
+async fn in_the_making(environment: &SimulatedEnvironment, number: usize) -> Result<Option<Vec<Value>>, String> {
+    let location = Location::Trusted(image_path(number).into());
+    let Ok(file) = environment.open(&location, Access::Read, CacheMode::Direct).await else { return Ok(None) };
+    if Header::read(&file).await.is_err() {
+        return Ok(None);
+    }
+    drop(file);
+    check_image(environment, number, Repair::None).await?;
+    let opened = Opened::open_for(environment, number, false).await.map_err(|error| format!("does not open: {error}"))?;
+    read_all(&opened.stack).await.map(Some)
 }
 
 /// What our own check says of an image that is not corrupt.
