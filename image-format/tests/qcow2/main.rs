@@ -8,6 +8,7 @@
 //! - `killed`: the process is killed, and the guest goes on.
 //! - `open`: what opening for writing repairs, forgets, keeps and refuses.
 //! - `shared`: clusters that internal snapshots share, and compressed ones.
+//! - `torn`: metadata that was written in part, not at all or elsewhere.
 
 mod crash;
 mod disk;
@@ -19,3 +20,4 @@ mod random;
 mod shared;
 mod threads;
 mod tools;
+mod torn;
