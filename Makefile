@@ -1,5 +1,5 @@
 # make demo    a guest boots from snapfence stacks and is snapshotted live; ends with a table and a plot
-# make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests
+# make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests, a minute of each fuzz target
 # make sim     the whole daemon in a simulation, as many runs as SEEDS says
 # make build   the programs, optimised
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot
@@ -31,7 +31,6 @@ test: install fmt-check lint doc
 	@cargo build --workspace --bins
 	@tests/guest/build.sh root
 	@tests/run.sh
-	@tests/fuzz.sh --plain
 
 sim:
 	@SNAPFENCE_SEEDS=$(SEEDS) cargo test --package snapfenced --test simulation nothing_is_lost -- --nocapture

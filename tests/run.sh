@@ -1,8 +1,10 @@
 #!/bin/bash
-# Runs all tests of the workspace and ends with one line: how many passed, how many failed, how many were left out wholly or in part, and how
-# long it took, building included. Where CI is set, nothing may be left out for want of something on the machine: such a test fails.
+# Runs all tests of the workspace, then each fuzz target for TIME seconds (60 if not set), and ends with one line: how many passed, how many failed,
+# how many were left out wholly or in part, how many inputs were fuzzed, and how long it took, building included. A fuzz target counts as a test.
+# Where CI is set, nothing may be left out for want of something on the machine: such a test fails.
 #
-# cargo test, not a test runner of its own: it is wherever cargo is, and runs the examples in the documentation too. Arguments go to it.
+# cargo test, not a test runner of its own: it is wherever cargo is, and runs the examples in the documentation too. Arguments go to it, and nothing is
+# fuzzed then.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,6 +35,23 @@ if [ "$status" -eq 0 ] && [ "$passed" -eq 0 ]; then
 	echo "No test ran." >&2
 	status=1
 fi
+fuzzed=
+if [ $# -eq 0 ]; then
+	fuzz_log=$target/fuzz.log
+	fuzz_status=0
+	tests/fuzz.sh --plain 2>&1 | tee "$fuzz_log" || fuzz_status=$?
+	# Of each target there is one line of the kind "fuzz: control: 1234 executions, 20 a second", or "fuzz: control FAILED after ...".
+	read -r held broken executions < <(awk '/^fuzz: [a-z0-9_]+: [0-9]+ executions, / { held++; executions += $3 }
+		/^fuzz: [a-z0-9_]+ FAILED / { broken++ } END { print held + 0, broken + 0, executions + 0 }' "$fuzz_log")
+	if [ "$fuzz_status" -ne 0 ]; then
+		status=1
+		# It did not build.
+		if [ "$broken" -eq 0 ]; then broken=1; fi
+	fi
+	passed=$((passed + held))
+	failed=$((failed + broken))
+	fuzzed=", $executions inputs fuzzed"
+fi
 # What tests have left out because of this machine, in lines that tests/src/skip.rs writes. They may begin in the middle of one of the harness's.
 left_out=$(grep -o 'skipped: .*' "$log" | sed 's/^skipped: //' || true)
 if [ -n "$left_out" ]; then
@@ -42,5 +61,5 @@ if [ -n "$left_out" ]; then
 fi
 skipped=
 if [ "$ignored" -gt 0 ]; then skipped=", $ignored skipped"; fi
-echo "$passed passed, $failed failed$skipped (in $SECONDS s)"
+echo "$passed passed, $failed failed$skipped$fuzzed (in $SECONDS s)"
 exit "$status"
