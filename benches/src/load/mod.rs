@@ -3,7 +3,7 @@
 //!
 //! - [`Job`]: what is done.
 //! - [`Target`]: to what. One thread makes all requests of a target.
-//! - [`run`]: does it, and measures.
+//! - [`run()`]: does it, and measures.
 //! - [`Report`]: what came of it, in the shape of fio's JSON.
 
 mod file;
