@@ -274,10 +274,10 @@ impl Part {
     }
 
     /// Whether all participants of this stack have passed; takes note of when. Who has passed once never takes into an old view again.
-    fn has_passed(&self, generation: u64, since_began: impl FnOnce() -> Duration) -> bool {
+    fn has_passed(&self, generation: u64, since_began: Duration) -> bool {
         let passed = self.marks.all_passed(generation);
         if passed {
-            self.measured().passed.get_or_insert_with(since_began);
+            self.measured().passed.get_or_insert(since_began);
         }
         passed
     }
@@ -402,7 +402,8 @@ impl Fence {
         if generation == u64::MAX {
             return;
         }
-        let since_began = || (self.domain.clock)().saturating_sub(self.lock_times().began);
+        // Nobody has to wait for a lock while the clock is read.
+        let since_began = (self.domain.clock)().saturating_sub(self.lock_times().began);
         let members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
         // Each is asked, so that each has its time.
         let waiting = members.iter().filter(|part| !part.has_passed(generation, since_began)).count();
