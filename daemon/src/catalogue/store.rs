@@ -129,6 +129,10 @@ fn open_error(source: impl Into<redb::Error>) -> CatalogueError {
     CatalogueError::Database { action: "opened", source: source.into() }
 }
 
+fn file_error(source: io::Error) -> CatalogueError {
+    open_error(redb::StorageError::Io(source))
+}
+
 /// The database.
 pub struct Store {
     /// Closed after a failure.
@@ -152,16 +156,16 @@ impl Store {
     /// # Errors
     /// If it cannot be opened or has a newer layout.
     pub fn open(path: &Path) -> Result<Self, CatalogueError> {
-        let failed = |error| open_error(redb::StorageError::Io(error));
         let is_there = match path.metadata() {
             Ok(facts) => facts.len() > 0,
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(file_error(error)),
         };
-        if !is_there {
+        if is_there {
+            try_copy(std::fs::read(path).map_err(file_error)?)?;
+        } else {
             Self::make(path)?;
         }
-        try_copy(std::fs::read(path).map_err(failed)?)?;
         let path = path.to_owned();
         Self::over(move || FileBackend::new(private_file(&path)?))
     }
@@ -169,14 +173,13 @@ impl Store {
     /// Makes an empty database. It gets its name when it is whole and durable: what a crash leaves half made is no database, and a file that is none
     /// is refused.
     fn make(path: &Path) -> Result<(), CatalogueError> {
-        let failed = |error| open_error(redb::StorageError::Io(error));
         let new = path.with_extension("new");
-        let file = private_file(&new).map_err(failed)?;
-        file.set_len(0).map_err(failed)?;
-        let backend = FileBackend::new(file.try_clone().map_err(failed)?).map_err(open_error)?;
+        let file = private_file(&new).map_err(file_error)?;
+        file.set_len(0).map_err(file_error)?;
+        let backend = FileBackend::new(file.try_clone().map_err(file_error)?).map_err(open_error)?;
         drop(Self::initialise(Database::builder().create_with_backend(backend).map_err(open_error)?)?);
-        file.sync_all().map_err(failed)?;
-        std::fs::rename(&new, path).map_err(failed)
+        file.sync_all().map_err(file_error)?;
+        std::fs::rename(&new, path).map_err(file_error)
     }
 
     /// The same on any storage: memory, a simulated disk. Clones lead to the same bytes.
@@ -184,7 +187,7 @@ impl Store {
     /// # Errors
     /// As for [`open`](Self::open).
     pub fn with_backend(backend: impl StorageBackend + Clone) -> Result<Self, CatalogueError> {
-        try_copy(content(&backend).map_err(|error| open_error(redb::StorageError::Io(error)))?)?;
+        try_copy(content(&backend).map_err(file_error)?)?;
         Self::over(move || Ok(backend.clone()))
     }
 
