@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Machine, OUT};
-use common::{PATIENCE, make_qcow2};
+use common::{PATIENCE, check_clean, make_ext4, make_qcow2};
 use serde_json::json;
 use snapfence::client::Client;
 use snapfence::protocol::{
@@ -34,11 +34,9 @@ struct FileSystem(PathBuf);
 impl FileSystem {
     /// One on a new file, if this process may mount it.
     fn new(directory: &Path) -> Option<Self> {
-        let (file, place) = (directory.join("file system"), directory.join("small"));
-        std::fs::File::create(&file).and_then(|file| file.set_len(FILE_SYSTEM_BYTES)).expect("a file");
+        let place = directory.join("small");
         std::fs::create_dir(&place).expect("a directory");
-        let made = Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0", "-O", "^has_journal"]).arg(&file).status();
-        assert!(made.expect("mkfs.ext4").success());
+        let file = make_ext4(directory, FILE_SYSTEM_BYTES);
         match Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&place).output() {
             Ok(output) if output.status.success() => Some(Self(place)),
             other => {
@@ -177,8 +175,7 @@ fn a_full_file_system_makes_writes_wait_and_loses_nothing() {
     drop(client);
     daemon.stop();
 
-    let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(&image).output().expect("qemu-img");
-    assert!(check.status.success(), "{}", String::from_utf8_lossy(&[check.stdout, check.stderr].concat()));
+    check_clean(&image);
     let raw = directory.path().join("vda.raw");
     let converted = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&image, &raw]).status();
     assert!(converted.expect("qemu-img").success());

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Link, Machine, OUT};
-use common::{PATIENCE, make_qcow2};
+use common::{PATIENCE, check_clean, make_ext4, make_qcow2};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::CpuSet;
 use serde_json::{Value, json};
@@ -36,11 +36,9 @@ struct FileServer {
 impl FileServer {
     /// One on a new file, if this process may mount it.
     fn new(directory: &Path) -> Option<Self> {
-        let (file, place) = (directory.join("file system"), directory.join("served"));
-        std::fs::File::create(&file).and_then(|file| file.set_len(FILE_SYSTEM_BYTES)).expect("a file");
+        let place = directory.join("served");
         std::fs::create_dir(&place).expect("a directory");
-        let made = Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^has_journal"]).arg(&file).status();
-        assert!(made.expect("mkfs.ext4").success());
+        let file = make_ext4(directory, FILE_SYSTEM_BYTES);
         let log = std::fs::File::create(directory.join("file server's log")).expect("a log");
         let process = Command::new("fuse2fs").args(["-f", "-o", "fakeroot"]).args([&file, &place]).stdin(Stdio::null()).stderr(log).spawn();
         let mut server = Self { place, process: process.expect("fuse2fs") };
@@ -202,10 +200,7 @@ fn a_device_whose_file_server_stands_still_hurts_nobody_and_goes_on_with_it() {
     setting.others_go_on(3);
     drop((client, setting.hung_link));
     setting.daemon.stop();
-    for image in &setting.images {
-        let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(image).output().expect("qemu-img");
-        assert!(check.status.success(), "{}", String::from_utf8_lossy(&[check.stdout, check.stderr].concat()));
-    }
+    setting.images.iter().for_each(|image| check_clean(image));
 }
 
 #[test]

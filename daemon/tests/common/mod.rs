@@ -9,6 +9,7 @@ pub(crate) mod machine;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -127,6 +128,21 @@ impl Host {
             Arc::new(layer)
         })
     }
+}
+
+/// Makes a file in `directory` that holds an empty ext4 of so many bytes.
+pub(crate) fn make_ext4(directory: &Path, bytes: u64) -> PathBuf {
+    let path = directory.join("file system");
+    std::fs::File::create(&path).and_then(|file| file.set_len(bytes)).expect("a file");
+    let made = Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0", "-O", "^has_journal"]).arg(&path).status();
+    assert!(made.expect("mkfs.ext4").success());
+    path
+}
+
+/// Has QEMU look for damage and leaks in an image that nobody uses.
+pub(crate) fn check_clean(image: &Path) {
+    let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(image).output().expect("qemu-img");
+    assert!(check.status.success(), "{}: {}", image.display(), String::from_utf8_lossy(&[check.stdout, check.stderr].concat()));
 }
 
 /// Writes an empty image.
