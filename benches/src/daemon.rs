@@ -16,16 +16,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::MemfdFlags;
 use snapfence::client::Client;
 use snapfence::protocol::{Event, SnapshotCreate, SnapshotInfo, SnapshotMember};
+use snapfence_benches::load::Memory;
 use snapfence_image_format::qcow2::{CreateOptions, Qcow2};
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
 use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment as _, Location};
 use virtio_driver::{
     VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags,
 };
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
 const STARTS: usize = 20;
 const DEVICES: usize = 4;
@@ -136,36 +135,14 @@ fn start_up() -> Result<()> {
     Ok(())
 }
 
-/// Memory that the daemon can write to, for the data of one device's requests.
-struct Memory {
-    file: std::os::fd::OwnedFd,
-    map: GuestMemoryMmap,
-    len: usize,
-}
-
-impl Memory {
-    fn new(len: usize) -> Result<Self> {
-        let file = rustix::fs::memfd_create("load", MemfdFlags::CLOEXEC)?;
-        rustix::fs::ftruncate(&file, len as u64)?;
-        let offset = FileOffset::new(file.try_clone()?.into(), 0);
-        let map = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), len, Some(offset))])?;
-        Ok(Self { file, map, len })
-    }
-
-    fn base(&self) -> Result<*mut u8> {
-        Ok(self.map.get_host_address(GuestAddress(0))?)
-    }
-}
-
 /// Writes at random places of a device until told to stop. Counts what has come back.
 fn load(socket: &Path, seed: u64, stop: &AtomicBool, done: &AtomicU64) -> Result<()> {
     let features = VirtioFeatureFlags::VERSION_1.bits() | VirtioFeatureFlags::RING_EVENT_IDX.bits() | VirtioBlkFeatureFlags::all().bits();
     let path = socket.to_str().context("a path of plain characters")?;
     let mut transport: Box<VirtioBlkTransport> = Box::new(VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path, features)?);
     let mut queues = VirtioBlkQueue::<usize>::setup_queues(&mut *transport, QUEUES, 64)?;
-    let memory = Memory::new(QUEUES * DEPTH * BLOCK)?;
-    let base = memory.base()?;
-    transport.map_mem_region(base as usize, memory.len, memory.file.as_raw_fd(), 0)?;
+    let memory = Memory::new(QUEUES * DEPTH, BLOCK)?;
+    transport.map_mem_region(memory.base() as usize, memory.len(), memory.file().as_raw_fd(), 0)?;
     queues.iter_mut().for_each(|queue| queue.set_used_notif_enabled(true));
     let calls: Vec<_> = (0..QUEUES).map(|index| transport.get_completion_fd(index)).collect();
     let mut chance = Chance::new(seed);
@@ -178,9 +155,8 @@ fn load(socket: &Path, seed: u64, stop: &AtomicBool, done: &AtomicU64) -> Result
         for (index, queue) in queues.iter_mut().enumerate() {
             let mut any = false;
             while !stopping && let Some(slot) = free[index].pop() {
-                let at = base.wrapping_add(slot * BLOCK);
-                // SAFETY: within the mapping, which has a block for each slot and lives longer; nobody writes to it.
-                let bytes = unsafe { std::slice::from_raw_parts(at, BLOCK) };
+                // SAFETY: the block of the slot is within the mapping, which lives longer; nobody writes to it.
+                let bytes = unsafe { std::slice::from_raw_parts(memory.slot(slot), BLOCK) };
                 queue.write(chance.below(DISK_BYTES / BLOCK as u64) * BLOCK as u64, bytes, slot)?;
                 any = true;
             }

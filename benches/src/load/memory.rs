@@ -8,7 +8,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMm
 
 /// A mapping of a memory file, a block for each slot.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub struct Memory {
     file: OwnedFd,
     map: GuestMemoryMmap,
     block: usize,
@@ -16,7 +16,11 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    pub(super) fn new(slots: usize, block: usize) -> Result<Self> {
+    /// Memory for so many slots of `block` bytes each, none of which are zeros.
+    ///
+    /// # Errors
+    /// If the system gives none.
+    pub fn new(slots: usize, block: usize) -> Result<Self> {
         let file = rustix::fs::memfd_create("load", MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&file, (slots * block) as u64)?;
         let offset = FileOffset::new(file.try_clone()?.into(), 0);
@@ -30,15 +34,19 @@ impl Memory {
         Ok(memory)
     }
 
-    pub(super) fn file(&self) -> BorrowedFd<'_> {
+    /// The file, to be sent.
+    pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    pub(super) fn base(&self) -> *mut u8 {
+    /// Where it is mapped.
+    pub fn base(&self) -> *mut u8 {
         self.map.get_host_address(GuestAddress(0)).expect("the mapping begins there")
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// All its bytes.
+    #[expect(clippy::len_without_is_empty, reason = "it never is")]
+    pub fn len(&self) -> usize {
         self.slots * self.block
     }
 
@@ -48,7 +56,10 @@ impl Memory {
     }
 
     /// Where the block of a slot begins.
-    pub(super) fn slot(&self, slot: usize) -> *mut u8 {
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    pub fn slot(&self, slot: usize) -> *mut u8 {
         assert!(slot < self.slots, "there is no slot {slot}");
         self.base().wrapping_add(slot * self.block)
     }

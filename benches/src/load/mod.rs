@@ -5,6 +5,7 @@
 //! - [`Target`]: to what. One thread makes all requests of a target.
 //! - [`run()`]: does it, and measures.
 //! - [`Report`]: what came of it, in the shape of fio's JSON.
+//! - [`Memory`]: where the data of requests is.
 
 mod file;
 mod job;
@@ -15,6 +16,7 @@ mod target;
 mod vhost;
 
 pub use job::{Job, Pattern, Size};
+pub use memory::Memory;
 pub use report::{Direction, LogEntry, Report};
 pub use run::run;
 pub use target::Target;
