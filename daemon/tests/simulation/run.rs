@@ -260,7 +260,7 @@ impl Life {
             if !is_image || path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
                 continue;
             }
-            if environment.bytes(&path).expect("a file").is_empty() {
+            if environment.content(&path).expect("a file").is_empty() {
                 continue; // An overlay that was being made.
             }
             check_image(environment, &path).await;

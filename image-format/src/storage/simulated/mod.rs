@@ -75,6 +75,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileContent(SparseBytes);
 
+impl FileContent {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.len() == 0
+    }
+}
+
 impl SimulatedEnvironment {
     /// No files yet.
     pub fn new(seed: u64) -> Self {
