@@ -39,13 +39,26 @@ impl Disk {
         self.has_failed
     }
 
+    /// Reads both ends for the first time. A check does not look into compressed clusters: where these cannot be read, nothing is expected of the disk.
+    pub(super) async fn explore(&mut self, stack: &MemoryStack) {
+        if self.try_read_all(stack).await.is_err() {
+            self.is_sound = false;
+        }
+    }
+
     /// Reads both ends.
     pub(super) async fn read_all(&mut self, stack: &MemoryStack) {
+        let result = self.try_read_all(stack).await;
+        self.note_read(result);
+    }
+
+    async fn try_read_all(&mut self, stack: &MemoryStack) -> Result<(), LayerError> {
         let sectors = stack.virtual_size() / SECTOR_BYTES;
-        let near = sectors.min(REACH);
-        self.read(stack, 0, near).await;
+        // As far as an operation reaches.
+        let near = sectors.min(REACH + MAX_SECTORS as u64);
+        self.read(stack, 0, near).await?;
         let far = (sectors - near).min(REACH);
-        self.read(stack, sectors - far, far).await;
+        self.read(stack, sectors - far, far).await
     }
 
     /// One operation. Whether the image shall be opened again.
@@ -69,7 +82,10 @@ impl Disk {
                 let (result, _) = stack.view().write(range.start, AlignedBuffer::copy_of(&bytes).into()).await;
                 self.changed(at, count, result, |sector| Some([value.wrapping_add(sector as u8); SECTOR]));
             }
-            3 => self.read(stack, at, count).await,
+            3 => {
+                let result = self.read(stack, at, count).await;
+                self.note_read(result);
+            }
             4 => {
                 let result = stack.view().write_zeroes(range, kind & 8 != 0).await;
                 self.changed(at, count, result, |_| Some([0; SECTOR]));
@@ -105,17 +121,24 @@ impl Disk {
         }
     }
 
-    async fn read(&mut self, stack: &MemoryStack, at: u64, count: u64) {
+    fn note_read(&self, result: Result<(), LayerError>) {
+        if let Err(error) = result {
+            assert!(!self.is_sound, "reading a sound image fails: {error}");
+        }
+    }
+
+    async fn read(&mut self, stack: &MemoryStack, at: u64, count: u64) -> Result<(), LayerError> {
         let buffer = AlignedBuffer::zeroed(count as usize * SECTOR).into();
         let (result, buffer) = stack.view().read(GuestOffset::new(at * SECTOR_BYTES), buffer).await;
         let Buffer::Owned(bytes) = buffer else { panic!("the buffer that was given") };
-        // Compressed clusters are not looked into by a check.
-        if result.is_err() || !self.is_sound || self.has_failed {
-            return;
+        result?;
+        if !self.is_sound || self.has_failed {
+            return Ok(());
         }
         for (sector, bytes) in (at..).zip(bytes.chunks_exact(SECTOR)) {
             let known = *self.known.entry(sector).or_insert_with(|| bytes.try_into().expect("a sector"));
             assert!(known == bytes, "sector {sector} reads as {:?}, not as {:?}", &bytes[..16], &known[..16]);
         }
+        Ok(())
     }
 }

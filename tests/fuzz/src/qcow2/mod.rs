@@ -62,7 +62,7 @@ async fn endure(environment: &MemoryEnvironment, image: &[u8], operations: &[u8]
     let is_sound = before.as_ref().is_some_and(|report| !report.is_corrupt() && !report.marked_corrupt) && stack.is_ok();
     let mut disk = Disk::new(is_sound);
     if let Ok(stack) = stack {
-        disk.read_all(&stack).await;
+        disk.explore(&stack).await;
     }
     settle(environment).await;
     let mut source = Source::new(operations);
