@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 
@@ -14,8 +15,13 @@ fn pretend(program: &Path, (printed, status): (&str, i32)) -> Result<()> {
     Ok(std::fs::set_permissions(program, std::fs::Permissions::from_mode(0o755))?)
 }
 
+/// Held while programs are written and run: a program that another thread starts meanwhile would hold the written one open, and a file that is open for
+/// writing cannot be run.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// Runs the script over what cargo and the fuzzer are to print, and gives its status and what it says after that.
 fn closing_with(cargo: (&str, i32), fuzzer: (&str, i32)) -> Result<(Option<i32>, String)> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir()?;
     let (bin, tests) = (folder.path().join("bin"), folder.path().join("tests"));
     std::fs::create_dir(&bin)?;
