@@ -11,7 +11,7 @@ use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use smallvec::SmallVec;
+use smallvec::{Array, SmallVec};
 
 /// Alignment of every buffer of our own, enough for `O_DIRECT` on any device: the page size.
 pub const BUFFER_ALIGNMENT: usize = 4096;
@@ -55,7 +55,7 @@ impl AlignedBuffer {
         let vector = libc::iovec { iov_base: self.start.as_ptr().cast(), iov_len: self.len };
         let keep = Arc::new(self);
         // SAFETY: `keep` owns the memory and nobody can reach it but through the vectors any more.
-        unsafe { SharedVectors::new([vector], keep) }
+        unsafe { SharedVectors::new(smallvec::smallvec![vector], keep) }
     }
 
     fn layout(len: usize) -> Layout {
@@ -99,10 +99,13 @@ impl fmt::Debug for AlignedBuffer {
     }
 }
 
+/// Parts of memory, one after the other. Most requests have one or two.
+pub type Vectors = SmallVec<[libc::iovec; 2]>;
+
 /// Vectors into memory that is shared with others and kept alive by a handle. Cheap to slice; the bytes are never copied.
 #[derive(Clone)]
 pub struct SharedVectors {
-    vectors: SmallVec<[libc::iovec; 4]>,
+    vectors: Vectors,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -118,8 +121,9 @@ impl SharedVectors {
     /// # Safety
     /// Every vector must describe memory that stays mapped, readable and writable for as long as `keep` lives, and to which no Rust reference
     /// exists meanwhile. Others may read and write it at any time.
-    pub unsafe fn new(vectors: impl IntoIterator<Item = libc::iovec>, keep: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { vectors: vectors.into_iter().filter(|vector| vector.iov_len > 0).collect(), keep }
+    pub unsafe fn new(mut vectors: Vectors, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        vectors.retain(|vector| vector.iov_len > 0);
+        Self { vectors, keep }
     }
 
     /// One after the other, as a single run of bytes.
@@ -157,6 +161,31 @@ impl SharedVectors {
         let mut vectors = SmallVec::new();
         self.pieces(range, |base, len, _| vectors.push(libc::iovec { iov_base: base.cast(), iov_len: len }));
         Self { vectors, keep: Arc::clone(&self.keep) }
+    }
+
+    /// Cuts off the bytes from `at` on, and gives them back, over the same memory.
+    ///
+    /// # Panics
+    /// If `at` lies past the end.
+    #[must_use]
+    pub fn split_off(&mut self, at: usize) -> Self {
+        let mut left = at;
+        let mut whole = 0;
+        while let Some(vector) = self.vectors.get(whole)
+            && vector.iov_len <= left
+        {
+            left -= vector.iov_len;
+            whole += 1;
+        }
+        let mut rest: Vectors = self.vectors[whole..].into();
+        self.vectors.truncate(whole);
+        if left > 0 {
+            let split = rest.first_mut().expect("a place within the vectors");
+            self.vectors.push(libc::iovec { iov_base: split.iov_base, iov_len: left });
+            split.iov_base = split.iov_base.cast::<u8>().wrapping_add(left).cast();
+            split.iov_len -= left;
+        }
+        Self { vectors: rest, keep: Arc::clone(&self.keep) }
     }
 
     /// Whether every vector starts and ends on a multiple of `alignment`, as `O_DIRECT` asks.
@@ -245,13 +274,13 @@ impl Buffer {
     }
 
     /// The vectors to hand to the kernel. The pointers are valid only while `self` lives.
-    pub fn vectors(&mut self) -> SmallVec<[libc::iovec; 4]> {
+    pub fn vectors<A: Array<Item = libc::iovec>>(&mut self) -> SmallVec<A> {
         match self {
             Self::Owned(buffer) => {
                 let len = buffer.len();
                 smallvec::smallvec![libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: len }]
             }
-            Self::Shared(shared) => shared.vectors.clone(),
+            Self::Shared(shared) => shared.vectors.iter().copied().collect(),
         }
     }
 

@@ -198,6 +198,14 @@ impl<E: Environment> Layer<E> {
         }
     }
 
+    /// Whether nothing has to be done for [`outlast_process`](Self::outlast_process).
+    pub fn outlasts_process(&self) -> bool {
+        match self {
+            Self::Raw(_) => true,
+            Self::Qcow2(image) => image.outlasts_process(),
+        }
+    }
+
     /// What has been unmapped durably since the last call.
     pub fn take_unmapped(&self) -> Unmapped {
         match self {

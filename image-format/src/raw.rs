@@ -58,6 +58,12 @@ impl<E: Environment> Raw<E> {
         &self.file
     }
 
+    /// Where the bytes of `range` are, and whether they may be overwritten there; `None` if not all of them are on the disk.
+    pub(crate) fn place_of(&self, range: GuestRange) -> Option<(HostOffset, bool)> {
+        let in_place = !self.read_only.load(Ordering::Acquire);
+        (range.end().get() <= self.virtual_size).then(|| (same_position(range.start), in_place))
+    }
+
     pub(crate) fn map(&self, range: GuestRange, extents: &mut ExtentList) {
         let disk = GuestRange::new(crate::units::GuestOffset::ZERO, self.virtual_size);
         let inside = range.intersection(disk);

@@ -8,12 +8,12 @@
 use std::any::Any;
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
-use smallvec::SmallVec;
-use snapfence_image_format::buffer::SharedVectors;
+use snapfence_image_format::buffer::{SharedVectors, Vectors};
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
 use super::mapping::{self, Watched};
@@ -116,9 +116,36 @@ impl GuestMemory {
         (mapped == N as u64).then(|| unsafe { base.cast::<[u8; N]>().read_volatile() })
     }
 
+    /// The `len` bytes at `address`, if they are mapped in one piece.
+    pub fn run(&self, address: u64, len: usize) -> Option<Run<'_>> {
+        let (base, mapped) = self.piece(address, len as u64)?;
+        (mapped == len as u64).then_some(Run { base, len, memory: PhantomData })
+    }
+
     /// Starts to put buffers together.
     pub fn gather(&self) -> Gather<'_> {
-        Gather { memory: self, vectors: SmallVec::new(), bytes: 0 }
+        Gather { memory: self, vectors: Vectors::new(), bytes: 0 }
+    }
+}
+
+/// Bytes of guest memory that lie in one piece.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'m> {
+    base: NonNull<u8>,
+    len: usize,
+    memory: PhantomData<&'m GuestMemory>,
+}
+
+impl Run<'_> {
+    /// A copy of the 16 bytes at `offset`, read once.
+    ///
+    /// # Panics
+    /// If they reach past the end.
+    pub fn copy_out(&self, offset: usize) -> [u8; 16] {
+        assert!(offset.checked_add(16).is_some_and(|end| end <= self.len), "bytes of a run lie within it");
+        before_load();
+        // SAFETY: within the run, which is mapped and readable for as long as the memory is borrowed; byte arrays need no alignment.
+        unsafe { self.base.as_ptr().wrapping_add(offset).cast::<[u8; 16]>().read_volatile() }
     }
 }
 
@@ -126,7 +153,7 @@ impl GuestMemory {
 #[derive(Debug)]
 pub struct Gather<'m> {
     memory: &'m GuestMemory,
-    vectors: SmallVec<[libc::iovec; 4]>,
+    vectors: Vectors,
     bytes: u64,
 }
 

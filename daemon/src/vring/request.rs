@@ -162,13 +162,13 @@ pub struct Parsed {
 impl Parsed {
     /// Takes `chain` apart.
     pub fn new(chain: Chain, limits: Limits) -> Self {
-        let Chain { head, readable, writable, fault } = chain;
+        let Chain { head, readable, mut writable, fault } = chain;
         let data_bytes = writable.len().saturating_sub(1);
-        let status = (!writable.is_empty()).then(|| writable.slice(data_bytes..data_bytes + 1));
+        let status = (!writable.is_empty()).then(|| writable.split_off(data_bytes));
         let request = match fault {
             Some(fault) => Err(Refusal::Chain(fault)),
             None if status.is_none() => Err(Refusal::NoStatus),
-            None => parse(&readable, &writable, data_bytes, limits),
+            None => parse(readable, writable, limits),
         };
         Self { head, request, status, data_bytes }
     }
@@ -186,7 +186,8 @@ impl Parsed {
     }
 }
 
-fn parse(readable: &SharedVectors, writable: &SharedVectors, data_bytes: usize, limits: Limits) -> Result<Request, Refusal> {
+/// `writable` is without the status byte.
+fn parse(mut readable: SharedVectors, writable: SharedVectors, limits: Limits) -> Result<Request, Refusal> {
     if readable.len() < HEADER_BYTES {
         return Err(Refusal::Header(readable.len()));
     }
@@ -194,26 +195,22 @@ fn parse(readable: &SharedVectors, writable: &SharedVectors, data_bytes: usize, 
     readable.copy_out(0, &mut header);
     let kind = u32_at(&header, 0);
     let sector = u64_at(&header, 8);
-    let payload = || readable.slice(HEADER_BYTES..readable.len());
     if limits.read_only && matches!(kind, TYPE_OUT | TYPE_DISCARD | TYPE_WRITE_ZEROES) {
         return Err(Refusal::ReadOnly(kind));
     }
     match kind {
-        TYPE_IN => {
-            let into = writable.slice(0..data_bytes);
-            Ok(Request::Read { at: admit_data(sector, &into, limits)?, into })
-        }
+        TYPE_IN => Ok(Request::Read { at: admit_data(sector, &writable, limits)?, into: writable }),
         TYPE_OUT => {
-            let from = payload();
+            let from = readable.split_off(HEADER_BYTES);
             Ok(Request::Write { at: admit_data(sector, &from, limits)?, from })
         }
         TYPE_FLUSH => Ok(Request::Flush),
-        TYPE_GET_ID => Ok(Request::GetId { into: writable.slice(0..data_bytes) }),
+        TYPE_GET_ID => Ok(Request::GetId { into: writable }),
         TYPE_DISCARD => {
-            let ranges = parse_ranges(&payload(), 0, limits)?;
+            let ranges = parse_ranges(&readable.split_off(HEADER_BYTES), 0, limits)?;
             Ok(Request::Discard(ranges.into_iter().map(|(range, _)| range).collect()))
         }
-        TYPE_WRITE_ZEROES => Ok(Request::WriteZeroes(parse_ranges(&payload(), RANGE_UNMAP, limits)?)),
+        TYPE_WRITE_ZEROES => Ok(Request::WriteZeroes(parse_ranges(&readable.split_off(HEADER_BYTES), RANGE_UNMAP, limits)?)),
         other => Err(Refusal::Type(other)),
     }
 }
@@ -300,22 +297,32 @@ impl Request {
                 if !from.is_empty() {
                     view.write(*at, Buffer::Shared(from.clone())).await.0?;
                     if write_through {
-                        view.flush().await?;
+                        Box::pin(view.flush()).await?;
                     }
                 }
                 Ok(0)
             }
-            Self::Flush => view.flush().await.map(|()| 0),
             Self::GetId { into } => {
                 let len = into.len().min(ID_BYTES);
                 into.copy_in(0, &serial[..len]);
                 Ok(len)
             }
+            // Seldom, and the task of every read and write would be larger for them.
+            Self::Flush | Self::Discard(_) | Self::WriteZeroes(_) => {
+                Box::pin(self.serve_without_data(view, write_through)).await.map(|()| 0)
+            }
+        }
+    }
+
+    /// What reads and writes no bytes of the guest's.
+    async fn serve_without_data<E: Environment>(&self, view: &Arc<View<E>>, write_through: bool) -> Result<(), LayerError> {
+        match self {
+            Self::Read { .. } | Self::Write { .. } | Self::GetId { .. } => {}
+            Self::Flush => view.flush().await?,
             Self::Discard(ranges) => {
                 for range in ranges.iter().filter(|range| !range.is_empty()) {
                     view.discard(*range).await?;
                 }
-                Ok(0)
             }
             Self::WriteZeroes(ranges) => {
                 for (range, unmap) in ranges.iter().filter(|(range, _)| !range.is_empty()) {
@@ -324,9 +331,9 @@ impl Request {
                 if write_through {
                     view.flush().await?;
                 }
-                Ok(0)
             }
         }
+        Ok(())
     }
 }
 

@@ -385,6 +385,11 @@ impl Ring {
         Ok(waiting.saturating_add(self.left_over.len() as u16))
     }
 
+    /// Chains that [`waiting`](Self::waiting) has seen and nobody has taken, but for those that were left over.
+    pub fn left_to_take(&self) -> u16 {
+        self.seen_avail.wrapping_sub(self.next_avail)
+    }
+
     /// Takes the next of the chains that [`waiting`](Self::waiting) has seen; the driver's index is not read again.
     ///
     /// # Errors
@@ -453,9 +458,16 @@ impl Ring {
             return Err(ChainFault::TableLength(table.len));
         }
         let mut index = 0_u16;
+        let run = self.memory.run(table.address, bytes);
         for _ in 0..entries.min(MAX_INDIRECT_BUFFERS) {
-            let address = table.address.checked_add(u64::from(index) * DESCRIPTOR_BYTES as u64);
-            let bytes = address.and_then(|address| self.memory.copy_out(address)).ok_or(ChainFault::Table(table.address))?;
+            let bytes = match &run {
+                Some(run) => run.copy_out(usize::from(index) * DESCRIPTOR_BYTES),
+                // A table of which only a part is guest memory, or that lies in two regions: what is used of it may be sound.
+                None => {
+                    let address = table.address.checked_add(u64::from(index) * DESCRIPTOR_BYTES as u64);
+                    address.and_then(|address| self.memory.copy_out(address)).ok_or(ChainFault::Table(table.address))?
+                }
+            };
             let descriptor = Descriptor::parse(bytes);
             if descriptor.flags & FLAG_INDIRECT != 0 {
                 return Err(ChainFault::Indirect("inside an indirect table"));

@@ -216,13 +216,18 @@ impl<E: Environment> Qcow2<E> {
 
     /// Ends when nothing that was written before the call can be lost with the process.
     pub(crate) async fn outlast_process(&self) -> Result<(), LayerError> {
+        if self.outlasts_process() { Ok(()) } else { self.inner.write_back().await }
+    }
+
+    /// Whether nothing that was written before the call can be lost with the process.
+    pub(crate) fn outlasts_process(&self) -> bool {
         let inner = &self.inner;
         if !inner.writes_at_once.load(Ordering::Acquire) || inner.phase.get() != Phase::Writing {
-            return Ok(());
+            return true;
         }
         // In this order: a round shows itself before it takes what the file does not have.
         let has_unwritten = !inner.dirty.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
-        if has_unwritten || inner.rounds.is_running() { inner.write_back().await } else { Ok(()) }
+        !has_unwritten && !inner.rounds.is_running()
     }
 }
 

@@ -28,16 +28,15 @@ pub struct Executor {
 }
 
 struct Inner {
-    tasks: RefCell<Slab<Task>>,
+    /// Futures by number, each taken out while it is polled.
+    tasks: RefCell<Slab<Option<Task>>>,
+    /// Wakers by number. A task with a number that one before it had gets that one's: woken once too often it is polled once too often.
+    wakers: RefCell<Vec<Arc<TaskWaker>>>,
     shared: Arc<Shared>,
     batch: RefCell<Vec<usize>>,
 }
 
-/// A task between two polls; its future is taken out while it is polled.
-struct Task {
-    future: Option<Pin<Box<dyn Future<Output = ()>>>>,
-    waker: Arc<TaskWaker>,
-}
+type Task = Pin<Box<dyn Future<Output = ()>>>;
 
 /// What wakers of other threads reach.
 struct Shared {
@@ -93,17 +92,22 @@ impl Executor {
     /// An executor without tasks, whose thread is woken by `unpark`.
     pub fn new(unpark: impl Unpark) -> Self {
         let shared = Shared { ready: Mutex::new(Vec::new()), parked: AtomicBool::new(false), unpark: Box::new(unpark) };
-        Self { inner: Rc::new(Inner { tasks: RefCell::new(Slab::new()), shared: Arc::new(shared), batch: RefCell::default() }) }
+        let (tasks, wakers, batch) = (RefCell::new(Slab::new()), RefCell::default(), RefCell::default());
+        Self { inner: Rc::new(Inner { tasks, wakers, shared: Arc::new(shared), batch }) }
     }
 
     /// Adds a task. It is polled for the first time by the next [`run_ready`](Self::run_ready).
     pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        let mut tasks = self.inner.tasks.borrow_mut();
-        let entry = tasks.vacant_entry();
-        let number = entry.key();
-        let waker = Arc::new(TaskWaker { shared: Arc::clone(&self.inner.shared), task: number, queued: AtomicBool::new(true) });
-        entry.insert(Task { future: Some(Box::pin(task)), waker });
-        drop(tasks);
+        let number = self.inner.tasks.borrow_mut().insert(Some(Box::pin(task)));
+        let mut wakers = self.inner.wakers.borrow_mut();
+        match wakers.get(number) {
+            Some(waker) => waker.queued.store(true, Ordering::SeqCst),
+            // Numbers are given out from the lowest on.
+            None => {
+                wakers.push(Arc::new(TaskWaker { shared: Arc::clone(&self.inner.shared), task: number, queued: AtomicBool::new(true) }))
+            }
+        }
+        drop(wakers);
         self.inner.shared.make_ready(number);
     }
 
@@ -164,13 +168,10 @@ impl Executor {
     }
 
     fn poll_task(&self, number: usize) {
-        let Some((future, waker)) = self.inner.tasks.borrow_mut().get_mut(number).map(|task| (task.future.take(), Arc::clone(&task.waker)))
-        else {
-            return; // Woken once more after its end.
+        let Some(mut future) = self.inner.tasks.borrow_mut().get_mut(number).and_then(Option::take) else {
+            return; // Woken once more after its end, or while it is being polled by a caller of ours.
         };
-        let Some(mut future) = future else {
-            return; // A number that is in the list twice, because a task that ended and a new one shared it.
-        };
+        let waker = Arc::clone(&self.inner.wakers.borrow()[number]);
         // From here on a wake-up must put the task into the list again.
         waker.queued.store(false, Ordering::SeqCst);
         let waker = Waker::from(waker);
@@ -178,7 +179,7 @@ impl Executor {
         match poll {
             Poll::Pending => {
                 if let Some(task) = self.inner.tasks.borrow_mut().get_mut(number) {
-                    task.future = Some(future);
+                    *task = Some(future);
                 }
             }
             Poll::Ready(()) => {

@@ -26,6 +26,15 @@ impl<E: Environment> View<E> {
         if range.is_empty() {
             return (Ok(()), into);
         }
+        if let Some(Place::Data { layer, host, .. }) = self.known_place(range) {
+            let (result, buffer) = self.layers[usize::from(layer)].data_file().read(host, into).await;
+            return (result.map_err(|error| LayerError::io("read", Structure::Data, host, error)), buffer);
+        }
+        Box::pin(self.read_from_several(range, into)).await
+    }
+
+    /// [`read`](Self::read) where that is not one transfer of what the map knows.
+    async fn read_from_several(&self, range: GuestRange, into: Buffer) -> (Result<(), LayerError>, Buffer) {
         let pieces = match self.resolve(range).await {
             Ok(pieces) => pieces,
             Err(error) => return (Err(error), into),
@@ -86,6 +95,22 @@ impl<E: Environment> View<E> {
             next = wanted.end();
         }
         Ok(())
+    }
+
+    /// Where the bytes of `range` are, if that is one place and nothing has to be read to know it. Nearly all requests need no more, and their
+    /// futures no room for the rest.
+    pub(super) fn known_place(&self, range: GuestRange) -> Option<Place> {
+        if let [only] = &self.layers[..]
+            && let Layer::Raw(raw) = &**only
+        {
+            return raw.place_of(range).map(|(host, in_place)| Place::Data { layer: 0, host, in_place });
+        }
+        let mut pieces = Pieces::new();
+        self.map.lookup(range, self.top_in_map(), &mut pieces).ok()?;
+        match pieces[..] {
+            [piece] => Some(piece.place),
+            _ => None,
+        }
     }
 
     /// Where the bytes of `range` are, for this view.

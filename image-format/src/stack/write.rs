@@ -27,21 +27,25 @@ impl<E: Environment> View<E> {
         if range.is_empty() {
             return (Ok(()), from);
         }
-        let pieces = match self.resolve(range).await {
-            Ok(pieces) => pieces,
-            Err(error) => return (Err(error), from),
-        };
-        if let [Piece { place, .. }] = pieces[..]
-            && let Some(host) = self.overwritable(place)
-        {
+        if let Some(host) = self.known_place(range).and_then(|place| self.overwritable(place)) {
             let (result, buffer) = self.top().data_file().write(host, from).await;
             let result = match result {
                 // The place may be one that the file does not know yet.
-                Ok(()) => self.top().outlast_process().await,
+                Ok(()) if self.top().outlasts_process() => Ok(()),
+                Ok(()) => Box::pin(self.top().outlast_process()).await,
                 Err(error) => Err(LayerError::io("write", Structure::Data, host, error)),
             };
             return (result, buffer);
         }
+        Box::pin(self.write_to_several(range, from)).await
+    }
+
+    /// [`write`](Self::write) where that is not one overwriting of what the map knows.
+    async fn write_to_several(self: &Arc<Self>, range: GuestRange, from: Buffer) -> (Result<(), LayerError>, Buffer) {
+        let pieces = match self.resolve(range).await {
+            Ok(pieces) => pieces,
+            Err(error) => return (Err(error), from),
+        };
         let (vectors, owned) = match from {
             Buffer::Shared(vectors) => (vectors, None),
             Buffer::Owned(buffer) => (AlignedBuffer::copy_of(&buffer).into_shared(), Some(buffer)),
@@ -112,6 +116,13 @@ impl<E: Environment> View<E> {
 
     async fn write_pieces(self: &Arc<Self>, range: GuestRange, pieces: &[Piece], from: &SharedVectors) -> Result<(), LayerError> {
         let cluster = self.top().cluster_bytes();
+        // What most first writes to a part of an overlay are.
+        if let [piece] = pieces
+            && self.overwritable(piece.place).is_none()
+            && range.split_at_multiples(cluster.unwrap_or(1 << 62)).nth(1).is_none()
+        {
+            return self.write_new(range, from.clone()).await;
+        }
         let mut writes = Vec::new();
         for piece in pieces {
             let host = self.overwritable(piece.place);

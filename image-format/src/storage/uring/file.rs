@@ -556,7 +556,7 @@ mod tests {
                 let shared = AlignedBuffer::copy_of(&[u8::try_from(number).expect("a byte") + 1; 4096]).into_shared();
                 let vectors = shared.vectors().to_vec();
                 // SAFETY: the handle keeps the memory, and nothing refers to it but these vectors.
-                let watched = unsafe { SharedVectors::new(vectors, Arc::new(Keep(shared, Arc::clone(&dropped)))) };
+                let watched = unsafe { SharedVectors::new(vectors.into(), Arc::new(Keep(shared, Arc::clone(&dropped)))) };
                 drop(file.write(HostOffset::new(4096 * number), watched.into()));
             }
             while dropped.load(std::sync::atomic::Ordering::SeqCst) < 64 {

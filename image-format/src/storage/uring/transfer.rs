@@ -59,7 +59,7 @@ struct Bounce {
 impl TransferWork {
     pub(super) fn new(file: Arc<OpenFile>, direction: Direction, at: u64, mut buffer: Buffer) -> Self {
         let len = buffer.len();
-        let vectors: SmallVec<[libc::iovec; 1]> = buffer.vectors().into_iter().collect();
+        let vectors: SmallVec<[libc::iovec; 1]> = buffer.vectors();
         let needs_bounce = file.direct_memory_alignment().is_some_and(|alignment| !fits_direct(&vectors, alignment));
         let mut work = Self { file, direction, at, buffer, bounce: None, vectors, first: 0, done: 0, len, attempts: 0 };
         if needs_bounce {
