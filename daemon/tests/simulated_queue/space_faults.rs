@@ -44,9 +44,10 @@ struct Run {
 }
 
 /// Runs all steps. `limit`: all but so many bytes of space are taken, until the device tells that it waits. `fault`: one operation is refused.
-fn run(seed: u64, cluster_bits: u32, limit: Option<u64>, fault: Option<Fault>) -> Run {
-    let what = format!("seed {seed}, clusters of 2^{cluster_bits}, {limit:?}, {fault:?}");
+fn run(seed: u64, cluster_bits: u32, slow: bool, limit: Option<u64>, fault: Option<Fault>) -> Run {
+    let what = format!("seed {seed}, clusters of 2^{cluster_bits}, allocates slowly: {slow}, {limit:?}, {fault:?}");
     let mut simulation = Simulation::new(seed);
+    simulation.environment().set_slow_allocation(slow);
     // Wide counts and small clusters: every kind of table grows.
     create_qcow2(&mut simulation, "/disk", CreateOptions { cluster_bits, refcount_bits: 64, ..CreateOptions::standalone(BYTES) });
     let layer = open_qcow2(&mut simulation, "/disk");
@@ -59,7 +60,7 @@ fn run(seed: u64, cluster_bits: u32, limit: Option<u64>, fault: Option<Fault>) -
         disk.set_space_limit(None);
     });
     if let Some(left) = limit {
-        environment.set_space_limit(Some(environment.bytes("/disk").expect("a file").len() as u64 + left));
+        environment.set_space_limit(Some(environment.allocated("/disk").expect("a file") + left));
     }
     fault.into_iter().for_each(|fault| environment.inject(fault));
 
@@ -121,11 +122,11 @@ fn run(seed: u64, cluster_bits: u32, limit: Option<u64>, fault: Option<Fault>) -
 #[test]
 fn a_disk_that_is_full_at_any_point_makes_requests_wait_only() {
     let seed = seed();
-    for cluster_bits in [9, 12] {
+    for (cluster_bits, slow) in [(9, false), (9, true), (12, false), (12, true)] {
         let (mut waited, mut dead) = (0, 0);
         let mut left = 0;
         loop {
-            let run = run(seed, cluster_bits, Some(left), None);
+            let run = run(seed, cluster_bits, slow, Some(left), None);
             waited += usize::from(run.told > 0);
             dead += usize::from(run.is_dead);
             if run.told == 0 && !run.is_dead {
@@ -133,7 +134,7 @@ fn a_disk_that_is_full_at_any_point_makes_requests_wait_only() {
             }
             left += 4096;
         }
-        eprintln!("clusters of 2^{cluster_bits}: {waited} runs have waited, {dead} images refused writes");
+        eprintln!("clusters of 2^{cluster_bits}, allocates slowly: {slow}: {waited} runs have waited, {dead} images refused writes");
         assert!(waited > 5 && dead == 0, "{waited} runs have waited, {dead} images refused writes");
     }
 }
@@ -147,7 +148,7 @@ fn an_operation_that_finds_no_space_once_harms_nothing() {
         let mut runs = 0;
         for after in 0.. {
             let fault = Fault::once(kind, after).with(FaultEffect::Error(libc::ENOSPC));
-            let run = run(seed, 9, None, Some(fault));
+            let run = run(seed, 9, after % 2 == 1, None, Some(fault));
             (waited, failed, dead) = (waited + run.told, failed + run.failed, dead + usize::from(run.is_dead));
             runs += 1;
             if run.told == 0 && !run.is_dead && after > 150 {

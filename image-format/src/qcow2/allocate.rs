@@ -268,7 +268,7 @@ impl<E: Environment> Inner<E> {
         let (index, _) = self.format.geometry.locate_refcount(HostCluster(run.start));
         self.load_refcounts(index, turn).await?;
         self.check_free(run.clone())?;
-        self.promise_space(run.clone()).await?;
+        self.extend(run.clone(), run.start).await?;
         self.allocator().push_ready(run, false);
         Ok(())
     }
@@ -309,7 +309,7 @@ impl<E: Environment> Inner<E> {
             BlockState::Missing => {
                 let place = from..from + 1;
                 self.check_free(place.clone())?;
-                match self.promise_space(place.clone()).await {
+                match self.extend(place.clone(), place.end).await {
                     Err(error) if error.is_no_space() => return Ok(false),
                     result => result?,
                 }
@@ -383,7 +383,7 @@ impl<E: Environment> Inner<E> {
             self.load_refcounts(index, turn).await?;
         }
         self.check_free(appended.start..appended.end.min(zero_from))?;
-        self.promise_space(appended.clone()).await?;
+        self.extend(appended.clone(), appended.end - clusters).await?;
         let mut allocator = self.allocator();
         let (first, metadata) = allocator.refcounts.append(appended.start, plan);
         allocator.end = appended.end;
@@ -393,19 +393,49 @@ impl<E: Environment> Inner<E> {
         Ok(first)
     }
 
-    /// Gets space for clusters, so that writing to them cannot fail for lack of it.
-    async fn promise_space(&self, clusters: Range<u64>) -> Result<(), LayerError> {
-        let [at, end] = [clusters.start, clusters.end].map(|cluster| self.format.geometry.host_offset(HostCluster(cluster)));
-        let error = |error| LayerError::io("extend", Structure::File, at, error);
+    /// Makes clusters part of the file, those before `data` for metadata, with space for all where the medium can. Where that is slow, those for data
+    /// get theirs when they are written, which may fail: nothing refers to them before.
+    async fn extend(&self, clusters: Range<u64>, data: u64) -> Result<(), LayerError> {
         if self.allocator().limit.is_some() {
             // All of it is there from the start, and only the counts say how far it is used.
             return Ok(());
         }
-        match self.file.allocate(at, end - at).await {
-            Err(refused) if refused.kind() == io::ErrorKind::Unsupported => {}
-            result => return result.map_err(error),
+        let is_promised = match self.file.allocates_slowly() {
+            false => self.promise_space(clusters.clone()).await?,
+            true => self.promise_space(clusters.start..data).await? && data == clusters.end,
+        };
+        if is_promised {
+            return Ok(());
         }
+        let end = self.format.geometry.host_offset(HostCluster(clusters.end));
+        let error = |error| LayerError::io("extend", Structure::File, end, error);
         if self.file.length().await.map_err(error)? < end.get() { self.file.set_len(end.get()).await.map_err(error) } else { Ok(()) }
+    }
+
+    /// Gets space for clusters, so that writing to them cannot fail for lack of it, where the medium can.
+    async fn promise_space(&self, clusters: Range<u64>) -> Result<bool, LayerError> {
+        if clusters.is_empty() {
+            return Ok(true);
+        }
+        let [at, end] = [clusters.start, clusters.end].map(|cluster| self.format.geometry.host_offset(HostCluster(cluster)));
+        match self.file.allocate(at, end - at).await {
+            Ok(()) => Ok(true),
+            Err(refused) if refused.kind() == io::ErrorKind::Unsupported => Ok(false),
+            Err(error) => Err(LayerError::io("extend", Structure::File, at, error)),
+        }
+    }
+
+    /// A cluster for metadata: written back later, when a lack of space can be nobody's error any more, so that it gets its space now.
+    pub(super) async fn allocate_metadata(&self) -> Result<Fresh, LayerError> {
+        let fresh = self.allocate().await?;
+        if self.file.allocates_slowly() && self.allocator().limit.is_none() {
+            let cluster = self.format.geometry.host_cluster(fresh.host).0;
+            if let Err(error) = self.promise_space(cluster..cluster + 1).await {
+                self.unmapped().ready.push(cluster..cluster + 1);
+                return Err(error);
+            }
+        }
+        Ok(fresh)
     }
 
     /// Reads a refcount block into memory, if it exists and is not there.

@@ -224,7 +224,7 @@ impl<E: Environment> Inner<E> {
             Some(Table { at, .. }) => Some(at),
             None => None,
         };
-        let Fresh { host, reads_zero } = self.allocate().await?;
+        let Fresh { host, reads_zero } = self.allocate_metadata().await?;
         let cluster = geometry.host_cluster(host).0;
         let Some(old) = shared else {
             self.metadata_mut().add(cluster..cluster + 1);

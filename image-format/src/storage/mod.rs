@@ -60,6 +60,11 @@ pub trait Storage: std::fmt::Debug + Send + Sync + 'static {
     /// `Unsupported` where the medium cannot; the caller goes on without.
     fn allocate(&self, at: HostOffset, len: u64) -> impl Future<Output = io::Result<()>>;
 
+    /// Whether getting space takes as long as writing to it, as in memory: then what may never be written is better not allocated.
+    fn allocates_slowly(&self) -> bool {
+        false
+    }
+
     /// Makes `len` bytes from `at` on read as zeros, gives their space back where the medium can, and keeps the length of the file.
     ///
     /// # Errors

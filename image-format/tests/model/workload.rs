@@ -106,6 +106,7 @@ pub(crate) fn run_with<S: Subject>(subject: S, plan: Plan, prepare: impl FnOnce(
     let subject = Rc::new(subject);
     let mut simulation = Simulation::new(plan.seed);
     let environment = simulation.environment().clone();
+    environment.set_slow_allocation(plan.seed.is_multiple_of(3));
     subject.create(&environment, plan.sectors);
     let disk = simulation.block_on(Rc::clone(&subject).open(environment.clone()));
     let disk = Arc::new(disk.unwrap_or_else(|error| panic!("seed {}: cannot open the new disk: {error}", plan.seed)));

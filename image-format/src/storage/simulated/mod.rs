@@ -132,6 +132,14 @@ impl SimulatedEnvironment {
         self.visible(path.as_ref()).map(FileContent)
     }
 
+    /// The space that a file occupies, in bytes.
+    ///
+    /// # Errors
+    /// If there is no such file.
+    pub fn allocated(&self, path: impl AsRef<Path>) -> io::Result<u64> {
+        Ok(self.visible(path.as_ref())?.allocated())
+    }
+
     /// The bytes of a file as readers see them.
     ///
     /// # Errors
@@ -198,6 +206,11 @@ impl SimulatedEnvironment {
     /// How much space all files together may occupy.
     pub fn set_space_limit(&self, bytes: Option<u64>) {
         lock(&self.world).space_limit = bytes;
+    }
+
+    /// Whether files say that they allocate slowly.
+    pub fn set_slow_allocation(&self, is_slow: bool) {
+        lock(&self.world).allocates_slowly = is_slow;
     }
 
     /// Turns the power off after `effects` operations have changed the medium, counted from the beginning: nothing ends any more from there on.
@@ -373,6 +386,10 @@ impl Storage for SimulatedFile {
         self.admit_change()?;
         SparseBytes::admit_space(at.get(), len)?;
         self.perform(Action::Allocate { inode: self.inode, at: at.get(), len }).await
+    }
+
+    fn allocates_slowly(&self) -> bool {
+        lock(&self.environment.world).allocates_slowly
     }
 
     async fn punch(&self, at: HostOffset, len: u64) -> io::Result<()> {

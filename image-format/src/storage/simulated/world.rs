@@ -92,6 +92,7 @@ pub(super) struct World {
     pub(super) faults: Faults,
     pub(super) program_chance: Chance,
     pub(super) space_limit: Option<u64>,
+    pub(super) allocates_slowly: bool,
     /// How many operations of each kind have begun.
     pub(super) counts: BTreeMap<OperationKind, u64>,
     pub(super) log: VecDeque<Operation>,
@@ -123,6 +124,7 @@ impl World {
             faults: Faults::default(),
             program_chance,
             space_limit: None,
+            allocates_slowly: false,
             counts: BTreeMap::new(),
             log: VecDeque::new(),
             effects: 0,

@@ -110,8 +110,10 @@ impl UringFile {
             }),
             CacheMode::Buffered => None,
         };
-        // O_NONBLOCK, which kept the opening of a FIFO from blocking, would make the ring give up instead of waiting for the medium.
-        let mut flags = rustix::fs::fcntl_getfl(&fd)? - OFlags::NONBLOCK;
+        let mut flags = rustix::fs::fcntl_getfl(&fd)?;
+        // O_NONBLOCK, which kept the opening of a FIFO from blocking, would make the ring give up instead of waiting for the medium. A file in
+        // memory needs no waiting, but does not say so: without the flag the ring has each transfer done by another thread.
+        flags.set(OFlags::NONBLOCK, medium == Medium::Memory && kind == Kind::Regular);
         flags.set(OFlags::DIRECT, direct.is_some());
         let direct = match rustix::fs::fcntl_setfl(&fd, flags) {
             Ok(()) => direct,
@@ -212,6 +214,10 @@ impl Storage for UringFile {
 
     async fn allocate(&self, at: HostOffset, len: u64) -> io::Result<()> {
         self.fallocate(at, len, 0).await
+    }
+
+    fn allocates_slowly(&self) -> bool {
+        self.file.medium == Medium::Memory && self.file.kind == Kind::Regular
     }
 
     async fn punch(&self, at: HostOffset, len: u64) -> io::Result<()> {

@@ -15,20 +15,26 @@ use super::operation::CallKind;
 /// Who answers for what is in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Medium {
+    /// The kernel, out of its own memory.
+    Memory,
     /// The kernel and its devices.
     Local,
     /// Perhaps another program or machine, which may take for ever.
     Served,
 }
 
+/// File systems in memory (linux/magic.h).
+const MEMORY: [u64; 2] = [
+    0x0102_1994, // tmpfs, and the directory of block devices
+    0x8584_58f6, // ramfs
+];
+
 /// File systems of which nothing but the kernel and its devices answers (linux/magic.h; zfs and bcachefs have theirs in their own sources). A stack
 /// of file systems (overlayfs) is taken to lie on one of them.
-const LOCAL: [u64; 9] = [
+const LOCAL: [u64; 7] = [
     0xef53,      // ext2, ext3, ext4
     0x5846_5342, // XFS
     0x9123_683e, // btrfs
-    0x0102_1994, // tmpfs, and the directory of block devices
-    0x8584_58f6, // ramfs
     0xf2f5_2010, // F2FS
     0x2fc1_2fc1, // ZFS
     0xca45_1a4e, // bcachefs
@@ -38,8 +44,9 @@ const LOCAL: [u64; 9] = [
 /// Finds out what an open file lies on, and gives it back.
 pub(super) async fn medium(fd: OwnedFd) -> (OwnedFd, Medium) {
     blocking::unblock(move || {
-        let medium = match rustix::fs::fstatfs(&fd) {
-            Ok(system) if LOCAL.contains(&(system.f_type.cast_unsigned() & 0xffff_ffff)) => Medium::Local,
+        let medium = match rustix::fs::fstatfs(&fd).map(|system| system.f_type.cast_unsigned() & 0xffff_ffff) {
+            Ok(system) if MEMORY.contains(&system) => Medium::Memory,
+            Ok(system) if LOCAL.contains(&system) => Medium::Local,
             _ => Medium::Served,
         };
         (fd, medium)
