@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -28,6 +29,8 @@ pub const MAX_QUEUES: u16 = 64;
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Most entries of a virtqueue: what front-ends take.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Longest wait that a busy queue thread spends looking for work: the time that a fast disk takes for a request.
+pub const DEFAULT_POLLING: Duration = Duration::from_micros(100);
 /// Bytes of the serial that a guest can read (VIRTIO 1.3, 5.2.6, VIRTIO_BLK_T_GET_ID).
 pub const MAX_SERIAL_BYTES: usize = 20;
 
@@ -48,6 +51,8 @@ pub struct Options {
     pub data_files: Vec<PathBuf>,
     /// Devices whose records are dropped before anything else happens.
     pub forget: Vec<String>,
+    /// Longest wait that queue threads spend looking for work.
+    pub polling: Duration,
 }
 
 /// One device as it is asked for.
@@ -159,7 +164,7 @@ struct Arguments {
     #[arg(
         long,
         value_name = "FILE",
-        help = "Configuration file (TOML): control, state-dir, allow-dir, socket-dir, allow-data-file = [...], and a [[device]] table per device with the keys of --device"
+        help = "Configuration file (TOML): control, state-dir, allow-dir, socket-dir, allow-data-file = [...], poll-max-us, and a [[device]] table per device with the keys of --device"
     )]
     config: Option<PathBuf>,
 
@@ -183,6 +188,11 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     allow_data_file: Vec<PathBuf>,
 
+    /// Longest wait, in microseconds, that a busy queue thread spends looking for requests and completions instead of sleeping; 0: it always sleeps
+    /// [default: 100]
+    #[arg(long, value_name = "MICROSECONDS")]
+    poll_max_us: Option<u32>,
+
     /// Drop what the catalogue has recorded of device NAME and its snapshots before starting (repeatable)
     #[arg(long, value_name = "NAME")]
     forget: Vec<String>,
@@ -200,6 +210,7 @@ struct Config {
     socket_dir: Vec<ConfigPath>,
     #[serde(default)]
     allow_data_file: Vec<ConfigPath>,
+    poll_max_us: Option<u32>,
     #[serde(default)]
     device: Vec<Spanned<DeviceAdd>>,
 }
@@ -298,6 +309,7 @@ impl Options {
             socket_directories: joined(arguments.socket_dir, config.socket_dir),
             data_files: joined(arguments.allow_data_file, config.allow_data_file),
             forget: arguments.forget,
+            polling: arguments.poll_max_us.or(config.poll_max_us).map_or(DEFAULT_POLLING, |micros| Duration::from_micros(micros.into())),
         };
         options.check_duplicates()?;
         Ok(options)
@@ -441,6 +453,20 @@ mod tests {
 
     fn with_base(arguments: &[&str]) -> Result<Options, OptionsError> {
         parse(&[&BASE, arguments].concat())
+    }
+
+    #[test]
+    fn polling_is_limited_as_told() {
+        let polling = |arguments: &[&str]| with_base(arguments).expect("valid").polling;
+        assert_eq!(polling(&[]), DEFAULT_POLLING);
+        assert_eq!(polling(&["--poll-max-us", "0"]), Duration::ZERO);
+        assert_eq!(polling(&["--poll-max-us", "250"]), Duration::from_micros(250));
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("config.toml");
+        std::fs::write(&path, "poll-max-us = 30").expect("a file");
+        let path = path.to_str().expect("a path");
+        assert_eq!(polling(&["--config", path]), Duration::from_micros(30));
+        assert_eq!(polling(&["--config", path, "--poll-max-us", "40"]), Duration::from_micros(40));
     }
 
     #[test]

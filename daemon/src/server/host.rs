@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use snapfence::protocol::{BlockErrorAction, BlockIoError, DeviceEvent, Event, IoOperationType};
 use snapfence_image_format::stack::{FenceDomain, Stack};
@@ -41,13 +42,14 @@ pub struct VhostExport {
 }
 
 impl VhostHost {
-    /// A host with at most `threads` queue threads, which keeps what guests have chosen in the directory `choices`.
+    /// A host with at most `threads` queue threads, which spend waits of up to `polling` looking for work. It keeps what guests have chosen in the
+    /// directory `choices`.
     ///
     /// # Errors
     /// If that cannot be made.
-    pub fn new(threads: usize, choices: PathBuf) -> io::Result<Self> {
+    pub fn new(threads: usize, polling: Duration, choices: PathBuf) -> io::Result<Self> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&choices)?;
-        Ok(Self { workers: Rc::new(RefCell::new(Workers::new(threads))), choices })
+        Ok(Self { workers: Rc::new(RefCell::new(Workers::new(threads, polling))), choices })
     }
 }
 

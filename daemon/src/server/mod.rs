@@ -60,7 +60,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let quit = Arc::clone(&stop);
     let choices = options.state_dir.join("write-through");
-    let host = VhostHost::new(threads, choices).context("the state directory cannot keep what guests choose")?;
+    let host = VhostHost::new(threads, options.polling, choices).context("the state directory cannot keep what guests choose")?;
     let parts =
         Parts { environment: UringEnvironment, host, catalogue: catalogue.clone(), keeper: Arc::new(keeper), working_directory, places };
     let served = reactor.block_on(async move {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use snapfence_image_format::stack::FenceDomain;
 use snapfence_image_format::storage::uring::UringEnvironment;
@@ -17,6 +18,8 @@ const RING_ENTRIES: u32 = 128;
 pub(super) struct Workers {
     threads: Vec<Member>,
     limit: usize,
+    /// Longest wait that each spends looking for work.
+    polling: Duration,
 }
 
 #[derive(Debug)]
@@ -30,9 +33,9 @@ struct Member {
 pub(super) struct Assignment(Vec<usize>);
 
 impl Workers {
-    /// No threads, and at most `limit` of them later.
-    pub(super) fn new(limit: usize) -> Self {
-        Self { threads: Vec::new(), limit: limit.max(1) }
+    /// No threads, and at most `limit` of them later, which spend waits of up to `polling` looking for work.
+    pub(super) fn new(limit: usize, polling: Duration) -> Self {
+        Self { threads: Vec::new(), limit: limit.max(1), polling }
     }
 
     /// A thread for each of `queues` queues.
@@ -75,7 +78,7 @@ impl Workers {
             Some(index) if self.threads[index].queues == 0 || self.threads.len() >= self.limit => Ok(index),
             _ => {
                 let name = format!("queues {}", self.threads.len());
-                self.threads.push(Member { thread: WorkerThread::spawn(name, RING_ENTRIES, domain)?, queues: 0 });
+                self.threads.push(Member { thread: WorkerThread::spawn(name, RING_ENTRIES, self.polling, domain)?, queues: 0 });
                 Ok(self.threads.len() - 1)
             }
         }
@@ -84,14 +87,12 @@ impl Workers {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
     fn queues_are_spread_over_a_limited_number_of_threads() {
         let domain = FenceDomain::new(|| Duration::ZERO);
-        let mut workers = Workers::new(3);
+        let mut workers = Workers::new(3, Duration::ZERO);
         let (first, handles) = workers.assign(2, &domain).expect("threads");
         assert_eq!((first.0.clone(), handles.len()), (vec![0, 1], 2));
         let (second, _) = workers.assign(4, &domain).expect("threads");

@@ -2,11 +2,13 @@
 //!
 //! - [`command`]: what others want of a worker, and the way to it.
 //! - `queue`: one virtqueue on its worker.
+//! - `polling`: when a thread looks again instead of sleeping.
 //! - [`thread`]: the loop over io_uring.
 //!
 //! [`Worker::turn`] does everything but the waiting, so a simulator can run the same worker on a virtual clock.
 
 pub mod command;
+mod polling;
 mod queue;
 pub mod thread;
 
@@ -86,18 +88,26 @@ impl<E: Environment, D: Doorbells> Worker<E, D> {
         (worker, handle)
     }
 
+    /// Works and, if nothing is left to do, rests.
+    pub fn turn(&mut self) -> Turn {
+        match self.work() {
+            Turn::Ended => Turn::Ended,
+            Turn::Busy | Turn::Idle => self.rest(),
+        }
+    }
+
     /// Obeys commands, takes what is in the rings, runs what is ready, and gives back what is done. Never blocks.
     ///
-    /// After [`Turn::Idle`] the caller may sleep, and must turn again after anything has happened. Kicks are asked for by then, and the fence
-    /// knows that nothing is taken from any ring meanwhile.
-    pub fn turn(&mut self) -> Turn {
+    /// After [`Turn::Idle`] there was nothing to do. The caller may work again, or [`rest`](Self::rest).
+    pub(crate) fn work(&mut self) -> Turn {
         let Self { participant, queues, .. } = self;
         participant.begin_turn(|| queues.iter_mut().for_each(Queue::forget_view));
         self.obey();
+        let mut has_worked = false;
         for queue in &mut self.queues {
-            queue.take(&self.executor, &self.participant);
+            has_worked |= queue.take(&self.executor, &self.participant) > 0;
         }
-        self.executor.run_ready();
+        has_worked |= self.executor.run_ready() > 0;
         for queue in &mut self.queues {
             queue.give_back();
         }
@@ -105,6 +115,14 @@ impl<E: Environment, D: Doorbells> Worker<E, D> {
             // Only the mailbox's task is left.
             return Turn::Ended;
         }
+        if has_worked { Turn::Busy } else { Turn::Idle }
+    }
+
+    /// Prepares for sleep, if there is nothing to do.
+    ///
+    /// After [`Turn::Idle`] the caller may sleep, and must work again after anything has happened. Kicks are asked for by then, and the fence
+    /// knows that nothing is taken from any ring meanwhile.
+    pub(crate) fn rest(&mut self) -> Turn {
         // All queues ask, so that none stays without kicks because another one has work.
         let waiting = self.queues.iter_mut().filter_map(|queue| queue.ask_for_kick().then_some(())).count() > 0;
         if waiting || self.executor.has_ready() || !self.inbox.borrow().is_empty() {

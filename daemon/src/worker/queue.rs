@@ -40,8 +40,9 @@ use crate::vring::{Broken, Limits, Ring, Signal, Status, Used};
 /// Most bytes of one queue in flight, unless a single request has more. What is copied on the way to the image takes so much memory, whatever
 /// the driver asks for at once.
 const MAX_BYTES_IN_FLIGHT: u64 = 64 << 20;
-/// Most chains that one turn takes from one queue: the thread's other queues shall not wait for longer.
-const MAX_TAKEN_AT_ONCE: usize = 64;
+/// Most chains that one turn takes from one queue: few, so that the thread's other queues need not wait for more; and where the medium is so fast that what is
+/// taken has been served when the turn is over, the driver works on some while we do on others.
+const MAX_TAKEN_AT_ONCE: usize = 4;
 
 /// A virtqueue.
 pub(super) struct Queue<E: Environment, B> {
@@ -84,6 +85,11 @@ struct Running<B> {
     flow: Flow,
     /// Taken and not given back.
     in_flight: usize,
+    /// Whether the last turn left chains for the next one, which takes them at once.
+    goes_on: bool,
+    /// Given back since the driver was last interrupted, and whether it wants to be.
+    unannounced: usize,
+    is_call_due: bool,
     /// One per start of a ring, so that requests of an abandoned one never come into another.
     ledger: Rc<Ledger>,
     /// Held by each request in flight that uses the present memory.
@@ -170,6 +176,12 @@ impl<B> Running<B> {
         matches!(self.flow, Flow::Enabled) && !self.is_unmapped
     }
 
+    /// Whether the driver may be interrupted in a later turn. An interrupt can take as long as several requests on a fast medium; where more chains
+    /// are about to be served, the driver hears of most of them at once, but still has time to make others available before they are done.
+    fn can_call_later(&self) -> bool {
+        self.goes_on && self.unannounced * 2 < usize::from(self.ring.left_to_take()) * 3
+    }
+
     /// Gives everything back that is in flight, as failed. It goes on nevertheless.
     fn give_up(&mut self, limits: Limits) {
         let mut batch = self.ledger.ended.take();
@@ -186,7 +198,8 @@ impl<B> Running<B> {
                 })
                 .collect::<Vec<_>>(),
         );
-        if self.ring.publish(&batch)
+        self.is_call_due |= self.ring.publish(&batch);
+        if self.is_call_due
             && let Some(call) = &self.call
         {
             call.raise();
@@ -329,6 +342,9 @@ impl<E: Environment, B> Queue<E, B> {
             error,
             flow: if enabled { Flow::Enabled } else { Flow::Disabled(Vec::new()) },
             in_flight: 0,
+            goes_on: false,
+            unannounced: 0,
+            is_call_due: false,
             ledger: Rc::new(Ledger::new(Arc::clone(self.device.stragglers()))),
             memory_in_use: Rc::new(()),
             memories_before: Vec::new(),
@@ -339,11 +355,12 @@ impl<E: Environment, B> Queue<E, B> {
         tell(answer, Ok(()));
     }
 
-    /// Takes what the driver has made available, as far as it may be in flight, and makes a task of each chain.
-    pub(super) fn take(&mut self, executor: &Executor, participant: &Participant) {
-        let State::Running(running) = &mut self.state else { return };
+    /// Takes what the driver has made available, as far as it may be in flight, and makes a task of each chain. Returns how many there were.
+    pub(super) fn take(&mut self, executor: &Executor, participant: &Participant) -> usize {
+        let State::Running(running) = &mut self.state else { return 0 };
+        running.goes_on = false;
         if !running.is_open() {
-            return;
+            return 0;
         }
         let stragglers = self.device.stragglers();
         if stragglers.count() > 0 {
@@ -354,13 +371,16 @@ impl<E: Environment, B> Queue<E, B> {
                 // Its end wakes this worker, whose next turn looks again.
                 executor.spawn(async move { stragglers.gone().await });
             }
-            return;
+            return 0;
         }
         running.is_awaiting_stragglers = false;
         match running.ring.waiting() {
-            Ok(0) => return,
+            Ok(0) => return 0,
             Ok(_) => running.ring.suppress_kicks(),
-            Err(broken) => return self.break_down(broken),
+            Err(broken) => {
+                self.break_down(broken);
+                return 0;
+            }
         }
         // Only now, after the look at the ring: what is in there may follow from results in newer views than the turn began with.
         if participant.is_stale() {
@@ -368,14 +388,17 @@ impl<E: Environment, B> Queue<E, B> {
         }
         let view = self.view.get_or_insert_with(|| Rc::new(Counted(self.device.stack().view())));
         let limits = self.device.limits();
-        for _ in 0..MAX_TAKEN_AT_ONCE {
+        for taken in 0..MAX_TAKEN_AT_ONCE {
             if running.is_full() {
-                return;
+                return taken;
             }
             let chain = match running.ring.take() {
                 Ok(Some(chain)) => chain,
-                Ok(None) => return,
-                Err(broken) => return self.break_down(broken),
+                Ok(None) => return taken,
+                Err(broken) => {
+                    self.break_down(broken);
+                    return taken;
+                }
             };
             let bytes = chain.bytes();
             running.in_flight += 1;
@@ -400,6 +423,8 @@ impl<E: Environment, B> Queue<E, B> {
             };
             executor.spawn(request.run());
         }
+        running.goes_on = running.ring.left_to_take() > 0;
+        MAX_TAKEN_AT_ONCE
     }
 
     /// Gives back what has ended, and answers those who have waited for it.
@@ -408,9 +433,14 @@ impl<E: Environment, B> Queue<E, B> {
         std::mem::swap(&mut self.batch, &mut running.ledger.ended.borrow_mut());
         if !self.batch.is_empty() {
             running.in_flight -= self.batch.len();
-            let wanted = running.ring.publish(&self.batch);
+            running.is_call_due |= running.ring.publish(&self.batch);
+            running.unannounced += self.batch.len();
             self.batch.clear();
-            if wanted && let Some(call) = &running.call {
+        }
+        if running.is_call_due && !running.can_call_later() {
+            running.is_call_due = false;
+            running.unannounced = 0;
+            if let Some(call) = &running.call {
                 call.raise();
             }
         }

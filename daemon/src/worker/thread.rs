@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use snapfence_image_format::stack::FenceDomain;
 use snapfence_image_format::storage::Environment;
-use snapfence_image_format::storage::uring::{Reactor, Wait};
+use snapfence_image_format::storage::uring::{Reactor, UringEnvironment, Wait};
 use tracing::{error, warn};
 
+use super::polling::Polling;
 use super::{Turn, Worker, WorkerHandle};
 
 /// How long the end of a thread is waited for: whoever ends it has waited for the requests that it serves before.
@@ -27,11 +28,12 @@ pub struct WorkerThread<E: Environment> {
 }
 
 impl<E: Environment> WorkerThread<E> {
-    /// Starts a thread called `name`, whose ring takes `entries` submissions at a time.
+    /// Starts a thread called `name`, whose ring takes `entries` submissions at a time. Waits that are expected to be no longer than `polling`
+    /// are spent looking for work (none if it is zero).
     ///
     /// # Errors
     /// If the system gives no thread or no ring.
-    pub fn spawn(name: String, entries: u32, domain: &Arc<FenceDomain>) -> io::Result<Self> {
+    pub fn spawn(name: String, entries: u32, polling: Duration, domain: &Arc<FenceDomain>) -> io::Result<Self> {
         let domain = Arc::clone(domain);
         let (sender, receiver) = sync_channel(1);
         let (living, alive) = channel();
@@ -43,7 +45,7 @@ impl<E: Environment> WorkerThread<E> {
             };
             let (worker, handle) = Worker::new(reactor.executor().clone(), reactor.clone(), &domain);
             if sender.send(Ok(handle)).is_ok() {
-                run(&reactor, worker);
+                run(&reactor, worker, Polling::new(polling));
             }
         })?;
         let handle = receiver.recv().map_err(|_| io::Error::other("the thread ended before it began"))??;
@@ -74,14 +76,24 @@ impl<E: Environment> Drop for WorkerThread<E> {
 ///
 /// A panic here is an error of ours in the midst of a write to an image. Nothing that this process holds in memory can be trusted afterwards, while
 /// images are always safe against its end: so it ends, and is started again.
-fn run<E: Environment>(reactor: &Reactor, mut worker: Worker<E, Reactor>) {
+fn run<E: Environment>(reactor: &Reactor, mut worker: Worker<E, Reactor>, mut polling: Polling) {
     let outcome = catch_unwind(AssertUnwindSafe(|| -> io::Result<()> {
         let _entered = reactor.enter();
         let mut events = Vec::new();
         loop {
-            let wait = match worker.turn() {
-                Turn::Busy => Wait::No,
-                Turn::Idle => Wait::Forever,
+            let wait = match worker.work() {
+                Turn::Busy => {
+                    polling.end_wait(|| UringEnvironment.now());
+                    Wait::No
+                }
+                Turn::Idle if polling.looks_again(|| UringEnvironment.now(), preemptions) => {
+                    std::hint::spin_loop();
+                    Wait::No
+                }
+                Turn::Idle => match worker.rest() {
+                    Turn::Idle => Wait::Forever,
+                    Turn::Busy | Turn::Ended => Wait::No,
+                },
                 Turn::Ended => return Ok(()),
             };
             reactor.turn(wait)?;
@@ -96,4 +108,15 @@ fn run<E: Environment>(reactor: &Reactor, mut worker: Worker<E, Reactor>) {
         Err(_) => error!(event = "worker_failed", "queue thread panicked"),
     }
     std::process::abort();
+}
+
+/// How often the calling thread was put off its processor for another one.
+fn preemptions() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: there is room for what the system call fills in.
+    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
+        return 0;
+    }
+    // SAFETY: it has been filled in.
+    unsafe { usage.assume_init() }.ru_nivcsw
 }

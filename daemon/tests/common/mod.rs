@@ -67,7 +67,9 @@ pub(crate) struct Host {
 impl Host {
     pub(crate) fn new(threads: usize) -> Self {
         let domain = FenceDomain::new(|| UringEnvironment.now());
-        let threads = (0..threads).map(|index| WorkerThread::spawn(format!("queue {index}"), 128, &domain).expect("a thread")).collect();
+        let threads = (0..threads)
+            .map(|index| WorkerThread::spawn(format!("queue {index}"), 128, Duration::ZERO, &domain).expect("a thread"))
+            .collect();
         Self { domain, threads, directory: tempfile::tempdir().expect("a directory") }
     }
 

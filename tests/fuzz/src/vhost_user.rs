@@ -67,7 +67,7 @@ impl Served {
         };
         let image = Reactor::new(8).expect("io_uring").block_on(opening).expect("a ring that works");
         let domain = FenceDomain::new(|| UringEnvironment.now());
-        let thread = WorkerThread::spawn("queue".into(), 32, &domain).expect("a thread");
+        let thread = WorkerThread::spawn("queue".into(), 32, Duration::ZERO, &domain).expect("a thread");
         let layers = vec![std::sync::Arc::new(Layer::Raw(image))];
         let stack = Stack::new(UringEnvironment, &domain, layers, false);
         let options = DeviceOptions {
