@@ -27,6 +27,7 @@ packages=(
 	python3 python3-venv python3-pip              # a stock QMP client
 	mount procps
 	fuse2fs                                       # a file server that can be made to hang
+	valgrind                                      # counts instructions
 )
 python_packages=(qemu.qmp==0.0.6)
 cargo_fuzz=0.13.2
