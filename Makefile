@@ -2,7 +2,7 @@
 # make test    everything that is checked: formatting, lints, documentation, unit and whole-system tests, a minute of each fuzz target
 # make sim     the whole daemon in a simulation, as many runs as SEEDS says
 # make build   the programs, optimised
-# make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot
+# make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot; how fast it is beside others
 # make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz), address sanitizer included
 # make guest   the guest that the tests and the demo boot
 # make install what this machine lacks for the above, from Debian's packages; make install-fuzzer that and what fuzzing takes, by rustup
@@ -20,6 +20,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # The folder that cargo builds into; the scripts use the same.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO_ARGUMENTS ?=
+BENCH_ARGUMENTS ?=
 SEEDS ?= 20000
 
 demo: install
@@ -42,6 +43,7 @@ bench: install
 	@cargo build --release --package snapfence-benches --package snapfenced --bins
 	@$(TARGET)/release/lookup
 	@$(TARGET)/release/daemon
+	@$(TARGET)/release/compare --output $(TARGET)/bench $(BENCH_ARGUMENTS)
 
 fuzz: install-fuzzer
 	@tests/fuzz.sh

@@ -1,0 +1,177 @@
+//! Those who serve a disk.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use snapfence_benches::load::Target;
+
+use super::command;
+use super::machine::{on_processor, ticks_to_time};
+
+/// What is not ready by then never is.
+const PATIENCE: Duration = Duration::from_secs(30);
+const QSD: &str = "qemu-storage-daemon";
+
+/// Who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// snapfenced as it is.
+    Snapfence,
+    /// snapfenced that never polls.
+    SnapfenceSleeping,
+    /// qemu-storage-daemon with an iothread of its own.
+    Qsd,
+    /// The file itself, by the load generator.
+    IoUring,
+}
+
+/// Those that this machine has, snapfence first.
+pub(super) fn present() -> Vec<Kind> {
+    let has_qsd = Command::new(QSD).arg("--version").output().is_ok_and(|output| output.status.success());
+    let qsd = has_qsd.then_some(Kind::Qsd);
+    [Kind::Snapfence, Kind::SnapfenceSleeping].into_iter().chain(qsd).chain([Kind::IoUring]).collect()
+}
+
+impl Kind {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Snapfence => "snapfence",
+            Self::SnapfenceSleeping => "snapfence, no polling",
+            Self::Qsd => QSD,
+            Self::IoUring => "io_uring on the file",
+        }
+    }
+
+    /// The name with the version.
+    pub(super) fn describe(&self) -> String {
+        let version = || {
+            let output = Command::new(QSD).arg("--version").output().ok()?;
+            Some(String::from_utf8_lossy(&output.stdout).lines().next()?.to_owned())
+        };
+        match self {
+            Self::Qsd => version().unwrap_or_else(|| QSD.to_owned()),
+            Self::Snapfence | Self::SnapfenceSleeping => format!("{} {}", self.name(), env!("CARGO_PKG_VERSION")),
+            Self::IoUring => self.name().to_owned(),
+        }
+    }
+}
+
+/// One of them, with a disk.
+#[derive(Debug)]
+pub(super) struct Contestant {
+    kind: Kind,
+    target: Target,
+    server: Option<Child>,
+}
+
+impl Contestant {
+    /// Lets it serve a disk of `bytes` bytes in `folder`, all of which are allocated.
+    pub(super) fn start(kind: Kind, folder: &Path, format: &str, bytes: u64) -> Result<Self> {
+        let folder = folder.join(kind.name().replace([' ', ','], "-"));
+        std::fs::create_dir(&folder)?;
+        let image = image(&folder, format, bytes)?;
+        let socket = folder.join("socket");
+        let mut server = match kind {
+            Kind::IoUring => return Ok(Self { kind, target: Target::File(image), server: None }),
+            Kind::Snapfence | Kind::SnapfenceSleeping => {
+                let mut server = Command::new(snapfenced()?);
+                server.arg("--control").arg(folder.join("control")).arg("--state-dir").arg(folder.join("state"));
+                server.arg("--device").arg(format!("name=disk,image={},format={format},socket={}", image.display(), socket.display()));
+                if kind == Kind::SnapfenceSleeping {
+                    server.args(["--poll-max-us", "0"]);
+                }
+                server
+            }
+            Kind::Qsd => {
+                let mut server = Command::new(QSD);
+                server.args(["--object", "iothread,id=thread", "--blockdev"]);
+                server.arg(format!("driver=file,filename={},node-name=file,aio=io_uring,cache.direct=on", image.display()));
+                server.arg("--blockdev").arg(format!("driver={format},file=file,node-name=disk"));
+                server.arg("--export").arg(format!(
+                    "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,iothread=thread",
+                    socket.display()
+                ));
+                server
+            }
+        };
+        let log = folder.join("log");
+        server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(&log)?);
+        let server = on_processor(1, || Ok(server.spawn()?))?;
+        let mut contestant = Self { kind, target: Target::VhostUser(socket.clone()), server: Some(server) };
+        let limit = Instant::now() + PATIENCE;
+        while !socket.exists() {
+            let ended = contestant.server.as_mut().and_then(|server| server.try_wait().transpose()).transpose()?;
+            ensure!(ended.is_none() && Instant::now() < limit, "{} does not start: {}", kind.name(), std::fs::read_to_string(&log)?);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(contestant)
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub(super) fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// Processor time that the server has had, its kernel threads included.
+    pub(super) fn cpu_time(&self) -> Result<Option<Duration>> {
+        let Some(server) = &self.server else { return Ok(None) };
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.id()))?;
+        // After the name, which is in parentheses, utime and stime are the 12th and the 13th field.
+        let fields = stat.rsplit_once(')').context("a name in parentheses")?.1;
+        let ticks: u64 = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap_or(0)).sum();
+        Ok(Some(ticks_to_time(ticks)))
+    }
+
+    /// Ends it in good order.
+    pub(super) fn stop(mut self) -> Result<()> {
+        let Some(mut server) = self.server.take() else { return Ok(()) };
+        rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::TERM)?;
+        let status = server.wait()?;
+        ensure!(status.success(), "{} ends with {status}", self.kind.name());
+        Ok(())
+    }
+}
+
+impl Drop for Contestant {
+    fn drop(&mut self) {
+        if let Some(server) = &mut self.server {
+            // It may have ended already.
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+    }
+}
+
+/// Makes an image that has all of its bytes.
+fn image(folder: &Path, format: &str, bytes: u64) -> Result<PathBuf> {
+    let raw = folder.join("disk.raw");
+    let mut file = std::fs::File::create(&raw)?;
+    let mut pattern = std::io::Read::take(std::io::repeat(0x5a), bytes);
+    std::io::copy(&mut pattern, &mut file)?;
+    file.sync_all()?;
+    match format {
+        "raw" => Ok(raw),
+        "qcow2" => {
+            let image = folder.join("disk.qcow2");
+            let [from, to] = [&raw, &image].map(|path| path.to_str().map(str::to_owned));
+            let (from, to) = from.zip(to).context("a path in UTF-8")?;
+            command("qemu-img", &["convert", "-q", "-f", "raw", "-O", "qcow2", "-t", "none", &from, &to])
+                .or_else(|_| command("qemu-img", &["convert", "-q", "-f", "raw", "-O", "qcow2", &from, &to]))?;
+            std::fs::remove_file(raw)?;
+            Ok(image)
+        }
+        other => bail!("no image of the format {other} can be made"),
+    }
+}
+
+/// The daemon that was built with this program.
+fn snapfenced() -> Result<PathBuf> {
+    let path = std::env::current_exe()?.with_file_name("snapfenced");
+    ensure!(path.exists(), "{} is missing: make bench builds it", path.display());
+    Ok(path)
+}

@@ -1,0 +1,56 @@
+//! What is measured on, and what disturbs it.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use serde::Serialize;
+
+/// What a reader of figures has to know of where they come from.
+#[derive(Debug, Serialize)]
+pub(super) struct Machine {
+    pub(super) processors: usize,
+    pub(super) processor: String,
+    pub(super) memory_gib: u64,
+    pub(super) kernel: String,
+}
+
+impl Machine {
+    pub(super) fn examine() -> Result<Self> {
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
+        let processor = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("of an unknown kind");
+        let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+        let kib: u64 = meminfo.split_whitespace().nth(1).context("/proc/meminfo begins with the size of the memory")?.parse()?;
+        Ok(Self {
+            processors: std::thread::available_parallelism()?.get(),
+            processor: processor.trim_start_matches([' ', '\t', ':']).to_owned(),
+            memory_gib: kib >> 20,
+            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        })
+    }
+}
+
+/// Time that the hypervisor has given to others, of all processors, since the machine has been running.
+pub(super) fn stolen() -> Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    let ticks: u64 = stat.split_whitespace().nth(8).context("/proc/stat says how much time was stolen")?.parse()?;
+    Ok(ticks_to_time(ticks))
+}
+
+/// Ticks as /proc counts them.
+pub(super) fn ticks_to_time(ticks: u64) -> Duration {
+    Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second()).unwrap_or(100)
+}
+
+/// Does something on one processor only, what it starts included, if there are several.
+pub(super) fn on_processor<T>(processor: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = sched_getaffinity(None)?;
+    if before.count() > 1 && before.is_set(processor) {
+        let mut only = CpuSet::new();
+        only.set(processor);
+        sched_setaffinity(None, &only)?;
+    }
+    let outcome = work();
+    sched_setaffinity(None, &before)?;
+    outcome
+}
