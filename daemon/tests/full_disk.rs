@@ -16,7 +16,7 @@ use common::{PATIENCE, check_clean, make_ext4, make_qcow2};
 use serde_json::json;
 use snapfence::client::Client;
 use snapfence::protocol::{
-    BlockDeviceIoStatus, BlockErrorAction, BlockIoError, DeviceList, DeviceResume, Event, IoOperationType, StackShow,
+    BlockDeviceIoStatus, BlockErrorAction, BlockIoError, DeviceList, DeviceResume, Event, IoOperationType, QueryNamedBlockNodes, StackShow,
 };
 use snapfence_image_format::qcow2::CreateOptions;
 
@@ -90,6 +90,10 @@ fn a_full_file_system_makes_writes_wait_and_loses_nothing() {
     let daemon = Daemon::start(directory.path(), &[device("vda", &image, &socket), device("vdb", &other, &other_socket)]);
     let mut client = daemon.client();
     let (mut machine, mut other_machine) = (Machine::new(1), Machine::new(1));
+    // The guest writes to a layer whose node has a name of its own.
+    let top = small.0.join("top.qcow2");
+    let cut = json!({ "device": "vda", "snapshot-node-name": "top", "snapshot-file": &top });
+    client.execute("blockdev-snapshot-sync", cut).expect("a new layer");
     let link = machine.connect(&socket);
     let _other_link = other_machine.connect(&other_socket);
 
@@ -115,8 +119,11 @@ fn a_full_file_system_makes_writes_wait_and_loses_nothing() {
         }
     };
     assert!(clusters > 100, "{clusters} clusters fit");
-    let BlockIoError { device, operation, action, nospace, reason } = told;
+    let BlockIoError { device, node_name, operation, action, nospace, reason } = told;
     assert_eq!((device.as_str(), operation, action, nospace), ("vda", IoOperationType::Write, BlockErrorAction::Stop, true), "{reason}");
+    let nodes = client.call(&QueryNamedBlockNodes { flat: None }).expect("an answer");
+    let named: Vec<_> = nodes.iter().filter(|node| node.node_name == node_name).map(|node| Path::new(&node.file)).collect();
+    assert_eq!((node_name.as_str(), named), ("top", vec![top.as_path()]));
     let waiting: Vec<_> = WAITING.map(|slot| (slot, clusters + slot - WAITING.start)).collect();
     for &(slot, cluster) in &waiting[1..] {
         write(&mut machine, slot, cluster, cluster as u8 | 1);
@@ -137,14 +144,14 @@ fn a_full_file_system_makes_writes_wait_and_loses_nothing() {
     let members = json!([{ "device": "vdb" }, { "device": "vda" }]);
     let refused = client.execute("snapshot-create", json!({ "name": "s", "devices": members })).expect_err("no space").to_string();
     assert!(refused.contains("vda") && refused.contains(&small.0.display().to_string()), "{refused}");
-    for name in ["vda", "vdb"] {
-        assert_eq!(client.call(&StackShow { device: name.into() }).expect("a stack").layers.len(), 1);
+    for (name, layers) in [("vda", 2), ("vdb", 1)] {
+        assert_eq!(client.call(&StackShow { device: name.into() }).expect("a stack").layers.len(), layers);
     }
     let left =
         |place: &Path| std::fs::read_dir(place).expect("a directory").filter_map(Result::ok).map(|entry| entry.file_name()).collect();
     let mut left: Vec<std::ffi::OsString> = left(&small.0);
     left.sort();
-    assert_eq!(left, ["ballast", "lost+found", "vda.qcow2"], "nothing is left of it");
+    assert_eq!(left, ["ballast", "lost+found", "top.qcow2", "vda.qcow2"], "nothing is left of it");
 
     // The front-end goes, and finds them in its record when it comes back.
     drop(link);
@@ -176,8 +183,9 @@ fn a_full_file_system_makes_writes_wait_and_loses_nothing() {
     daemon.stop();
 
     check_clean(&image);
+    check_clean(&top);
     let raw = directory.path().join("vda.raw");
-    let converted = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&image, &raw]).status();
+    let converted = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&top, &raw]).status();
     assert!(converted.expect("qemu-img").success());
     let bytes = std::fs::read(&raw).expect("an image");
     for (cluster, &byte) in model.iter().enumerate() {

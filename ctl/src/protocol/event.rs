@@ -52,6 +52,8 @@ pub struct DeviceEvent {
 pub struct BlockIoError {
     /// The device.
     pub device: String,
+    /// The block node that is attached to the device: its top, whichever layer has failed.
+    pub node_name: String,
     /// What the request was.
     pub operation: IoOperationType,
     /// What became of it.
@@ -165,12 +167,15 @@ mod tests {
             (
                 Event::BlockIoError(BlockIoError {
                     device: "vda".to_owned(),
+                    node_name: "top".to_owned(),
                     operation: IoOperationType::Write,
                     action: BlockErrorAction::Stop,
                     nospace: true,
                     reason: "full".to_owned(),
                 }),
-                json!({ "device": "vda", "operation": "write", "action": "stop", "nospace": true, "reason": "full" }),
+                json!({
+                    "device": "vda", "node-name": "top", "operation": "write", "action": "stop", "nospace": true, "reason": "full",
+                }),
             ),
             (Event::EventsLost { count: 3 }, json!({ "count": 3 })),
         ];

@@ -14,6 +14,7 @@ use snapfence_image_format::stack::Stack;
 use snapfence_image_format::storage::{CacheMode, Environment, FileIdentity};
 
 use super::host::{Export, Host};
+use super::nodes::TopNode;
 use super::sizes::Sizes;
 use crate::catalogue::LayerRecord;
 use crate::options::{DeviceOptions, image_format};
@@ -28,6 +29,8 @@ pub struct Device<E: Environment, H: Host<E>> {
     pub stack: Arc<Stack<E>>,
     /// What the stack is made of, base first, never empty.
     pub(crate) layers: RefCell<Vec<DeviceLayer<E>>>,
+    /// The node name of the last of them.
+    pub(crate) top_node: TopNode,
     /// How front-ends reach it; gone once it is being stopped.
     pub(crate) export: RefCell<Option<H::Export>>,
     /// It is being removed.
@@ -80,6 +83,16 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
         self.layers.borrow().last().and_then(|top| top.made_by.clone())
     }
 
+    /// Takes note of a new top: the one before is being frozen.
+    pub(crate) fn put_on_top(&self, layer: DeviceLayer<E>) {
+        let mut layers = self.layers.borrow_mut();
+        if let Some(top) = layers.last_mut() {
+            top.state = LayerState::Freezing;
+        }
+        self.top_node.rename(&layer.node_name);
+        layers.push(layer);
+    }
+
     pub(crate) fn set_layer_state(&self, layer: FileIdentity, state: LayerState) {
         if let Some(found) = self.layers.borrow_mut().iter_mut().find(|other| other.identity == layer) {
             found.state = state;
@@ -98,6 +111,7 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
         if let Some(found) = self.layers.borrow_mut().iter_mut().find(|layer| layer.made_by.as_deref() == Some(snapshot)) {
             node_name.clone_into(&mut found.node_name);
         }
+        self.top_node.rename(&self.top().node_name);
     }
 
     /// The paths of all layers, base first.

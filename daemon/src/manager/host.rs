@@ -9,6 +9,7 @@ use std::sync::Arc;
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::Environment;
 
+use super::nodes::TopNode;
 use crate::jobs::EventSink;
 use crate::options::DeviceOptions;
 
@@ -17,7 +18,8 @@ pub trait Host<E: Environment>: fmt::Debug + 'static {
     /// One device that front-ends can reach.
     type Export: Export;
 
-    /// Begins to serve `stack`. Threads that take requests join `domain`; connections are told to `events`.
+    /// Begins to serve `stack`. Threads that take requests join `domain`; connections, and requests that fail at the node `top`, are told to
+    /// `events`.
     ///
     /// # Errors
     /// If the socket cannot be used or there are no threads.
@@ -26,6 +28,7 @@ pub trait Host<E: Environment>: fmt::Debug + 'static {
         options: &DeviceOptions,
         stack: &Arc<Stack<E>>,
         domain: &Arc<FenceDomain>,
+        top: &TopNode,
         events: &EventSink,
     ) -> Result<Self::Export, ExportError>;
 

@@ -37,6 +37,7 @@ pub use device::Device;
 pub(crate) use device::DeviceLayer;
 pub use host::{Export, ExportError, Host, PathKind};
 pub use lifecycle::RemoveError;
+pub use nodes::TopNode;
 pub(crate) use open::Beneath;
 pub use open::{BeneathError, DeviceOpenCause, DeviceOpenError, GivenBy};
 pub use places::{Places, SocketPlaceError};

@@ -4,6 +4,7 @@
 //! and whatever has been given none gets one that no client can give. Names of nodes and devices are one set, since commands take either.
 
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use snapfence::protocol::{BlockNode, BlockNodeCache, BlockNodeImage, BlockdevAdd, Failure};
 use snapfence_image_format::storage::Environment;
@@ -13,6 +14,25 @@ use super::host::Host;
 use super::open::Reservation;
 use super::{Manager, Reserved};
 use crate::name;
+
+/// The name of the node that is attached to a device, for threads that tell of the device. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct TopNode(Arc<Mutex<String>>);
+
+impl TopNode {
+    pub(super) fn new(name: &str) -> Self {
+        Self(Arc::new(Mutex::new(name.to_owned())))
+    }
+
+    /// Its name now.
+    pub fn name(&self) -> String {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn rename(&self, name: &str) {
+        name.clone_into(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
 
 impl<E: Environment, H: Host<E>> Manager<E, H> {
     /// A name for a node that has been given none: `#` begins no name that clients can give.

@@ -13,6 +13,7 @@ use snapfence_image_format::storage::{Access, CacheMode, Environment, FileIdenti
 
 use super::device::{Device, DeviceLayer};
 use super::host::{ExportError, Host};
+use super::nodes::TopNode;
 use super::places::SocketPlaceError;
 use super::{Manager, Reserved};
 use crate::catalogue::{CatalogueError, DeviceRecord, LayerRecord, SnapshotState, layers_beneath};
@@ -260,7 +261,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 tracing::error!(event = "base_not_durable", device = %name, cause = %error, "flushes of the device fail until it is opened again");
             }
         });
-        let export = self.host.start(&options, &stack, &self.domain, &self.events)?;
+        let top_node = TopNode::new(&options.name);
+        let export = self.host.start(&options, &stack, &self.domain, &top_node, &self.events)?;
         let top = layers.len() - 1;
         let mut layers: Vec<_> = layers
             .into_iter()
@@ -284,6 +286,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             options,
             stack,
             layers: RefCell::new(layers),
+            top_node,
             export: RefCell::new(Some(export)),
             leaving: Cell::new(false),
             in_snapshot: Cell::new(false),

@@ -19,7 +19,7 @@ use super::workers::{Assignment, Workers};
 use crate::connection::{ConnectionEvent, Listening, Server};
 use crate::device::{self, Device};
 use crate::jobs::EventSink;
-use crate::manager::{Export, ExportError, Host, PathKind};
+use crate::manager::{Export, ExportError, Host, PathKind, TopNode};
 use crate::options::DeviceOptions;
 
 /// How many symbolic links Linux follows in one path.
@@ -61,6 +61,7 @@ impl Host<UringEnvironment> for VhostHost {
         options: &DeviceOptions,
         stack: &Arc<Stack<UringEnvironment>>,
         domain: &Arc<FenceDomain>,
+        top: &TopNode,
         events: &EventSink,
     ) -> Result<VhostExport, ExportError> {
         let socket = &options.socket;
@@ -81,10 +82,11 @@ impl Host<UringEnvironment> for VhostHost {
             .borrow_mut()
             .assign(options.queues, domain)
             .map_err(|error| ExportError::new(format!("cannot start a queue thread: {error}")))?;
-        let (name, told) = (options.name.clone(), Arc::clone(events));
+        let (name, top, told) = (options.name.clone(), top.clone(), Arc::clone(events));
         device.space().report_to(move |shortage| {
             told(Event::BlockIoError(BlockIoError {
                 device: name.clone(),
+                node_name: top.name(),
                 operation: IoOperationType::Write,
                 action: if shortage.is_held { BlockErrorAction::Stop } else { BlockErrorAction::Report },
                 nospace: true,

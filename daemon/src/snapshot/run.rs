@@ -337,23 +337,16 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     /// Takes note of the new top.
     fn put_on_top(&self, name: &str, cut: Cut<E, H>, view: Arc<View<E>>) -> Switched<E, H> {
         let Cut { device, old, overlay } = cut;
-        {
-            let mut layers = device.layers.borrow_mut();
-            if let Some(top) = layers.last_mut() {
-                top.state = LayerState::Freezing;
-            }
-            let Prepared { record, identity, layer, .. } = overlay;
-            let node_name = self.fresh_node_name();
-            layers.push(DeviceLayer {
-                record,
-                identity,
-                layer,
-                node_name,
-                state: LayerState::Active,
-                made_by: Some(name.to_owned()),
-                snapshot: None,
-            });
-        }
+        let Prepared { record, identity, layer, .. } = overlay;
+        device.put_on_top(DeviceLayer {
+            record,
+            identity,
+            layer,
+            node_name: self.fresh_node_name(),
+            state: LayerState::Active,
+            made_by: Some(name.to_owned()),
+            snapshot: None,
+        });
         Switched { device, old, view }
     }
 

@@ -23,7 +23,7 @@ use snapfence_image_format::units::{GuestOffset, SECTOR_BYTES};
 use snapfenced::catalogue::{Catalogue, Store};
 use snapfenced::control::Reply;
 use snapfenced::jobs::EventSink;
-use snapfenced::manager::{DeviceOpenError, Export, ExportError, GivenBy, Host, Manager, Parts, PathKind, Places};
+use snapfenced::manager::{DeviceOpenError, Export, ExportError, GivenBy, Host, Manager, Parts, PathKind, Places, TopNode};
 use snapfenced::options::DeviceOptions;
 
 /// Size of the disks.
@@ -76,6 +76,7 @@ impl Host<SimulatedEnvironment> for FakeHost {
         options: &DeviceOptions,
         stack: &Arc<Stack<SimulatedEnvironment>>,
         domain: &Arc<FenceDomain>,
+        _top: &TopNode,
         _events: &EventSink,
     ) -> Result<FakeExport, ExportError> {
         if options.socket == Path::new("/run/refused") {
