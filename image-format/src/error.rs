@@ -104,7 +104,7 @@ impl LayerError {
         matches!(self, Self::Failed(_))
     }
 
-    /// Whether the medium had no space left.
+    /// Whether the medium had no space left, or no more than a quota allows.
     pub fn is_no_space(&self) -> bool {
         match self {
             Self::Io { source, .. } => source.is_no_space(),

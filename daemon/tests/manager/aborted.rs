@@ -31,11 +31,13 @@ enum Blow {
     Hang,
 }
 
-const BLOWS: [Blow; 7] = [
+const BLOWS: [Blow; 9] = [
     Blow::Error { errno: libc::EIO, lasting: false },
     Blow::Error { errno: libc::EIO, lasting: true },
     Blow::Error { errno: libc::ENOSPC, lasting: false },
     Blow::Error { errno: libc::ENOSPC, lasting: true },
+    Blow::Error { errno: libc::EDQUOT, lasting: false },
+    Blow::Error { errno: libc::EDQUOT, lasting: true },
     Blow::Error { errno: libc::EMFILE, lasting: false },
     Blow::Error { errno: libc::EROFS, lasting: true },
     Blow::Hang,

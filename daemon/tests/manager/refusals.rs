@@ -188,7 +188,7 @@ fn a_layer_that_others_need_is_no_overlay() {
 fn whatever_fails_while_preparing_leaves_no_file() {
     let kinds = [OperationKind::Create, OperationKind::Write, OperationKind::Flush, OperationKind::Rename, OperationKind::FlushDirectory];
     for kind in kinds {
-        for effect in [FaultEffect::Error(libc::EIO), FaultEffect::Error(libc::ENOSPC)] {
+        for effect in [libc::EIO, libc::ENOSPC, libc::EDQUOT].map(FaultEffect::Error) {
             for after in 0..4 {
                 let mut simulation = Simulation::new(22);
                 let environment = simulation.environment().clone();

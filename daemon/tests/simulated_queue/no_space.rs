@@ -1,4 +1,5 @@
-//! A queue on a disk that is full: what needs space waits, and is lost by no snapshot and no stop; everything else goes on.
+//! A queue on a disk that is full, or whose quota is used up: what needs space waits, and is lost by no snapshot and no stop; everything else goes
+//! on.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -11,6 +12,13 @@ use super::*;
 const CLUSTER_SECTORS: u64 = 128;
 /// Clusters for which there is space, roughly: tables need some, too.
 const CLUSTERS_LEFT: u64 = 6;
+
+/// Why there is no more space.
+#[derive(Clone, Copy, Debug)]
+enum Limit {
+    Disk,
+    Quota,
+}
 
 /// A device whose disk has become full.
 struct Full {
@@ -27,11 +35,11 @@ struct Full {
 }
 
 impl Full {
-    fn new(policy: NoSpacePolicy) -> Self {
-        Self::with_record(seed(), policy, None)
+    fn new(of: Limit, policy: NoSpacePolicy) -> Self {
+        Self::with_record(seed(), of, policy, None)
     }
 
-    fn with_record(seed: u64, policy: NoSpacePolicy, record: Option<InflightQueue>) -> Self {
+    fn with_record(seed: u64, of: Limit, policy: NoSpacePolicy, record: Option<InflightQueue>) -> Self {
         let mut simulation = Simulation::new(seed);
         create_qcow2(&mut simulation, "/disk", CreateOptions::standalone(DISK_BYTES));
         create_qcow2(&mut simulation, "/overlay", CreateOptions::overlay(DISK_BYTES, "/disk", "qcow2"));
@@ -41,7 +49,11 @@ impl Full {
             setting.restart(record);
         }
         let used: usize = ["/disk", "/overlay"].map(|file| setting.environment.bytes(file).expect("a file").len()).iter().sum();
-        setting.environment.set_space_limit(Some(used as u64 + CLUSTERS_LEFT * 65536));
+        let limit = Some(used as u64 + CLUSTERS_LEFT * 65536);
+        match of {
+            Limit::Disk => setting.environment.set_space_limit(limit),
+            Limit::Quota => setting.environment.set_quota(limit),
+        }
         let told = Arc::default();
         let heard: Arc<Mutex<Vec<_>>> = Arc::clone(&told);
         setting.device.space().report_to(move |shortage| heard.lock().expect("no panic").push(shortage));
@@ -97,6 +109,7 @@ impl Full {
 
     fn free(&self) {
         self.setting.environment.set_space_limit(None);
+        self.setting.environment.set_quota(None);
     }
 
     fn read(&mut self, sector: u64) -> Vec<u8> {
@@ -108,25 +121,27 @@ impl Full {
 
 #[test]
 fn what_needs_space_waits_for_it_and_nothing_else_does() {
-    let mut full = Full::new(NoSpacePolicy::Hold);
-    assert_eq!(full.told().len(), 1);
-    assert!(full.told()[0].is_held, "{:?}", full.told());
-    let (old, new) = (full.old, full.new);
-    full.submit_write(2, old, 2);
-    assert_eq!(full.until_done(2), 0, "an overwrite");
-    assert_eq!(full.read(old), [2; 4096]);
-    assert_eq!(full.read(new), [0; 4096]);
-    full.setting.submit(3, FLUSH, 0, Ok(&[]));
-    assert_eq!(full.until_done(3), 0, "a flush of what has completed");
-    full.submit_write(4, new + CLUSTER_SECTORS, 4);
-    full.pass(10 * RETRY_AFTER);
-    assert_eq!((full.held(), full.done.len()), (2, 0));
-    assert_eq!(full.told().len(), 1, "told once for all, however often it is tried");
-    full.free();
-    assert_eq!((full.until_done(1), full.until_done(4)), (0, 0), "nobody need say so");
-    assert_eq!((full.held(), full.told().len()), (0, 1));
-    assert_eq!((full.read(new), full.read(new + CLUSTER_SECTORS)), (vec![1; 4096], vec![4; 4096]));
-    assert_eq!(full.setting.device.failures(), 0);
+    for limit in [Limit::Disk, Limit::Quota] {
+        let mut full = Full::new(limit, NoSpacePolicy::Hold);
+        assert_eq!(full.told().len(), 1);
+        assert!(full.told()[0].is_held, "{:?}", full.told());
+        let (old, new) = (full.old, full.new);
+        full.submit_write(2, old, 2);
+        assert_eq!(full.until_done(2), 0, "an overwrite");
+        assert_eq!(full.read(old), [2; 4096]);
+        assert_eq!(full.read(new), [0; 4096]);
+        full.setting.submit(3, FLUSH, 0, Ok(&[]));
+        assert_eq!(full.until_done(3), 0, "a flush of what has completed");
+        full.submit_write(4, new + CLUSTER_SECTORS, 4);
+        full.pass(10 * RETRY_AFTER);
+        assert_eq!((full.held(), full.done.len()), (2, 0));
+        assert_eq!(full.told().len(), 1, "told once for all, however often it is tried");
+        full.free();
+        assert_eq!((full.until_done(1), full.until_done(4)), (0, 0), "nobody need say so");
+        assert_eq!((full.held(), full.told().len()), (0, 1));
+        assert_eq!((full.read(new), full.read(new + CLUSTER_SECTORS)), (vec![1; 4096], vec![4; 4096]));
+        assert_eq!(full.setting.device.failures(), 0);
+    }
 }
 
 #[test]
@@ -135,7 +150,8 @@ fn a_call_to_go_on_is_heard_at_once() {
     let seed = seed();
     let mut at_once = 0;
     for run in 0..RUNS {
-        let mut full = Full::with_record(seed.wrapping_add(run), NoSpacePolicy::Hold, None);
+        let mut full =
+            Full::with_record(seed.wrapping_add(run), if run % 2 == 0 { Limit::Disk } else { Limit::Quota }, NoSpacePolicy::Hold, None);
         full.setting.device.space().resume();
         full.until("it is told again", |full| full.told().len() == 2);
         let began = full.setting.environment.now();
@@ -150,62 +166,68 @@ fn a_call_to_go_on_is_heard_at_once() {
 
 #[test]
 fn the_guest_is_told_where_that_is_the_policy() {
-    let mut full = Full::new(NoSpacePolicy::Report);
-    assert_eq!(full.until_done(1), 1);
-    assert!(!full.told()[0].is_held && full.held() == 0);
-    let new = full.new;
-    full.submit_write(1, new, 1);
-    assert_eq!(full.until_done(1), 1);
-    assert_eq!(full.told().len(), 1, "no more than one a second");
-    full.free();
-    full.submit_write(1, new, 3);
-    assert_eq!(full.until_done(1), 0);
-    assert_eq!(full.read(new), [3; 4096]);
+    for limit in [Limit::Disk, Limit::Quota] {
+        let mut full = Full::new(limit, NoSpacePolicy::Report);
+        assert_eq!(full.until_done(1), 1);
+        assert!(!full.told()[0].is_held && full.held() == 0);
+        let new = full.new;
+        full.submit_write(1, new, 1);
+        assert_eq!(full.until_done(1), 1);
+        assert_eq!(full.told().len(), 1, "no more than one a second");
+        full.free();
+        full.submit_write(1, new, 3);
+        assert_eq!(full.until_done(1), 0);
+        assert_eq!(full.read(new), [3; 4096]);
+    }
 }
 
 #[test]
 fn a_held_write_goes_above_the_cut_and_holds_no_layer_up() {
-    let mut full = Full::new(NoSpacePolicy::Hold);
-    let stack = Arc::clone(full.setting.device.stack());
-    let fence = full.setting.domain.fence();
-    let view = stack.prepare_overlay(Arc::clone(&full.overlay), &fence);
-    let before = stack.publish(view);
-    fence.switch();
-    let frozen = Rc::new(Cell::new(None));
-    let slot = Rc::clone(&frozen);
-    full.setting.simulation.executor().spawn(async move { slot.set(Some(stack.freeze_below(before).await.is_ok())) });
-    let ended = Rc::clone(&frozen);
-    full.until("the freeze", |_| ended.get().is_some());
-    assert_eq!((frozen.get(), fence.outcome()), (Some(true), Some(FenceOutcome::Released)));
-    assert_eq!(full.held(), 1);
-    let bytes = full.setting.environment.bytes("/disk").expect("a file");
-    full.free();
-    assert_eq!(full.until_done(1), 0);
-    let new = full.new;
-    assert_eq!(full.read(new), [1; 4096]);
-    assert!(full.setting.environment.bytes("/disk").expect("a file") == bytes, "the frozen layer has changed");
+    for limit in [Limit::Disk, Limit::Quota] {
+        let mut full = Full::new(limit, NoSpacePolicy::Hold);
+        let stack = Arc::clone(full.setting.device.stack());
+        let fence = full.setting.domain.fence();
+        let view = stack.prepare_overlay(Arc::clone(&full.overlay), &fence);
+        let before = stack.publish(view);
+        fence.switch();
+        let frozen = Rc::new(Cell::new(None));
+        let slot = Rc::clone(&frozen);
+        full.setting.simulation.executor().spawn(async move { slot.set(Some(stack.freeze_below(before).await.is_ok())) });
+        let ended = Rc::clone(&frozen);
+        full.until("the freeze", |_| ended.get().is_some());
+        assert_eq!((frozen.get(), fence.outcome()), (Some(true), Some(FenceOutcome::Released)));
+        assert_eq!(full.held(), 1);
+        let bytes = full.setting.environment.bytes("/disk").expect("a file");
+        full.free();
+        assert_eq!(full.until_done(1), 0);
+        let new = full.new;
+        assert_eq!(full.read(new), [1; 4096]);
+        assert!(full.setting.environment.bytes("/disk").expect("a file") == bytes, "the frozen layer has changed");
+    }
 }
 
 #[test]
 fn a_ring_with_a_record_stops_at_once_and_goes_on_with_what_was_held() {
-    let (layout, file) = InflightLog::create(1, QUEUE_SIZE, (1, QUEUE_SIZE)).expect("memory");
-    let log = InflightLog::map(layout, file.into(), (1, QUEUE_SIZE)).expect("just made");
-    let mut full = Full::with_record(seed(), NoSpacePolicy::Hold, log.queue(0));
-    let stopped = full.setting.queue.stop();
-    full.setting.simulation.run_until_stalled();
-    assert!(stopped.try_recv().is_ok());
-    assert_eq!((full.held(), full.setting.device.stragglers().count()), (0, 0));
-    assert_eq!(full.setting.completed(), [], "nobody is told that it has failed");
-    full.free();
-    full.setting.restart(log.queue(0));
-    assert_eq!(full.setting.completed(), [(1, 0)]);
-    let new = full.new;
-    assert_eq!(full.read(new), [1; 4096]);
+    for limit in [Limit::Disk, Limit::Quota] {
+        let (layout, file) = InflightLog::create(1, QUEUE_SIZE, (1, QUEUE_SIZE)).expect("memory");
+        let log = InflightLog::map(layout, file.into(), (1, QUEUE_SIZE)).expect("just made");
+        let mut full = Full::with_record(seed(), limit, NoSpacePolicy::Hold, log.queue(0));
+        let stopped = full.setting.queue.stop();
+        full.setting.simulation.run_until_stalled();
+        assert!(stopped.try_recv().is_ok());
+        assert_eq!((full.held(), full.setting.device.stragglers().count()), (0, 0));
+        assert_eq!(full.setting.completed(), [], "nobody is told that it has failed");
+        full.free();
+        full.setting.restart(log.queue(0));
+        assert_eq!(full.setting.completed(), [(1, 0)]);
+        let new = full.new;
+        assert_eq!(full.read(new), [1; 4096]);
+    }
 }
 
 #[test]
 fn who_does_not_wait_any_longer_has_them_back_as_failed() {
-    let mut full = Full::new(NoSpacePolicy::Hold);
+    let mut full = Full::new(Limit::Disk, NoSpacePolicy::Hold);
     let paused = full.setting.queue.disable();
     full.pass(5 * RETRY_AFTER);
     assert_eq!(paused.try_recv(), Err(TryRecvError::Empty));

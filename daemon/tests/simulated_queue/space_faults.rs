@@ -1,4 +1,4 @@
-//! Space that is missing at every place where some is needed, for once or until somebody makes some: what is held is done in the end, and
+//! Space, or quota, that is missing at every place where some is needed, for once or until somebody makes some: what is held is done in the end, and
 //! the image neither loses, nor mixes up, nor leaks anything.
 
 use std::collections::VecDeque;
@@ -43,8 +43,9 @@ struct Run {
     is_dead: bool,
 }
 
-/// Runs all steps. `limit`: all but so many bytes of space are taken, until the device tells that it waits. `fault`: one operation is refused.
-fn run(seed: u64, cluster_bits: u32, slow: bool, limit: Option<u64>, fault: Option<Fault>) -> Run {
+/// Runs all steps. `limit`: all but so many bytes of space, or of a quota, are taken, until the device tells that it waits. `fault`: one operation
+/// is refused.
+fn run(seed: u64, cluster_bits: u32, slow: bool, limit: Option<(u64, bool)>, fault: Option<Fault>) -> Run {
     let what = format!("seed {seed}, clusters of 2^{cluster_bits}, allocates slowly: {slow}, {limit:?}, {fault:?}");
     let mut simulation = Simulation::new(seed);
     simulation.environment().set_slow_allocation(slow);
@@ -58,9 +59,15 @@ fn run(seed: u64, cluster_bits: u32, slow: bool, limit: Option<u64>, fault: Opti
     setting.device.space().report_to(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
         disk.set_space_limit(None);
+        disk.set_quota(None);
     });
-    if let Some(left) = limit {
-        environment.set_space_limit(Some(environment.allocated("/disk").expect("a file") + left));
+    if let Some((left, is_quota)) = limit {
+        let limit = Some(environment.allocated("/disk").expect("a file") + left);
+        if is_quota {
+            environment.set_quota(limit);
+        } else {
+            environment.set_space_limit(limit);
+        }
     }
     fault.into_iter().for_each(|fault| environment.inject(fault));
 
@@ -107,6 +114,7 @@ fn run(seed: u64, cluster_bits: u32, slow: bool, limit: Option<u64>, fault: Opti
     setting.simulation.run_until_stalled();
     stopped.try_recv().expect("nothing is in flight");
     environment.set_space_limit(None);
+    environment.set_quota(None);
     let stack = Arc::clone(setting.device.stack());
     let closed = setting.simulation.block_on(async move { stack.close().await });
     let is_dead = has_failed || closed.is_err();
@@ -122,11 +130,11 @@ fn run(seed: u64, cluster_bits: u32, slow: bool, limit: Option<u64>, fault: Opti
 #[test]
 fn a_disk_that_is_full_at_any_point_makes_requests_wait_only() {
     let seed = seed();
-    for (cluster_bits, slow) in [(9, false), (9, true), (12, false), (12, true)] {
+    for (cluster_bits, slow, is_quota) in [(9, false, false), (9, false, true), (9, true, false), (12, false, false), (12, true, false)] {
         let (mut waited, mut dead) = (0, 0);
         let mut left = 0;
         loop {
-            let run = run(seed, cluster_bits, slow, Some(left), None);
+            let run = run(seed, cluster_bits, slow, Some((left, is_quota)), None);
             waited += usize::from(run.told > 0);
             dead += usize::from(run.is_dead);
             if run.told == 0 && !run.is_dead {
@@ -134,7 +142,10 @@ fn a_disk_that_is_full_at_any_point_makes_requests_wait_only() {
             }
             left += 4096;
         }
-        eprintln!("clusters of 2^{cluster_bits}, allocates slowly: {slow}: {waited} runs have waited, {dead} images refused writes");
+        let what = if is_quota { "quota" } else { "disk" };
+        eprintln!(
+            "{what}, clusters of 2^{cluster_bits}, allocates slowly: {slow}: {waited} runs have waited, {dead} images refused writes"
+        );
         assert!(waited > 5 && dead == 0, "{waited} runs have waited, {dead} images refused writes");
     }
 }
@@ -143,11 +154,17 @@ fn a_disk_that_is_full_at_any_point_makes_requests_wait_only() {
 #[test]
 fn an_operation_that_finds_no_space_once_harms_nothing() {
     let seed = seed();
-    for kind in [OperationKind::Allocate, OperationKind::SetLen, OperationKind::Write] {
+    let kinds = [
+        (OperationKind::Allocate, libc::ENOSPC),
+        (OperationKind::SetLen, libc::ENOSPC),
+        (OperationKind::Write, libc::ENOSPC),
+        (OperationKind::Write, libc::EDQUOT),
+    ];
+    for (kind, errno) in kinds {
         let (mut waited, mut failed, mut dead) = (0, 0, 0);
         let mut runs = 0;
         for after in 0.. {
-            let fault = Fault::once(kind, after).with(FaultEffect::Error(libc::ENOSPC));
+            let fault = Fault::once(kind, after).with(FaultEffect::Error(errno));
             let run = run(seed, 9, after % 2 == 1, None, Some(fault));
             (waited, failed, dead) = (waited + run.told, failed + run.failed, dead + usize::from(run.is_dead));
             runs += 1;

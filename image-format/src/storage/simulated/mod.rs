@@ -213,6 +213,11 @@ impl SimulatedEnvironment {
         lock(&self.world).allocates_slowly = is_slow;
     }
 
+    /// How much of it they may occupy by a quota, which is refused in other words than a full disk.
+    pub fn set_quota(&self, bytes: Option<u64>) {
+        lock(&self.world).quota = bytes;
+    }
+
     /// Turns the power off after `effects` operations have changed the medium, counted from the beginning: nothing ends any more from there on.
     pub fn stop_after(&self, effects: u64) {
         lock(&self.world).stop_after = Some(effects);

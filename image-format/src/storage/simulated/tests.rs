@@ -208,21 +208,27 @@ fn short_transfers_are_resumed() {
 
 #[test]
 fn a_full_disk_takes_only_what_fits() {
-    let mut simulation = Simulation::new(5);
-    let environment = simulation.environment().clone();
-    environment.put("/file", &[0; 4096]);
-    environment.set_space_limit(Some(2 * 4096));
-    let inner = environment.clone();
-    simulation.block_on(async move {
-        let file = file(&inner, Access::Write).await;
-        file.write(HostOffset::new(4096), sector(1)).await.0.unwrap();
-        let full = |result: io::Result<()>| assert_eq!(result.unwrap_err().kind(), io::ErrorKind::StorageFull);
-        full(file.write(HostOffset::new(8192), sector(1)).await.0);
-        full(file.allocate(HostOffset::new(8192), 1).await);
-        file.write(HostOffset::new(512), sector(1)).await.0.unwrap();
-        file.punch(HostOffset::ZERO, 4096).await.unwrap();
-        file.write(HostOffset::new(8192), sector(1)).await.0.unwrap();
-    });
+    for (is_quota, error) in [(false, io::ErrorKind::StorageFull), (true, io::ErrorKind::QuotaExceeded)] {
+        let mut simulation = Simulation::new(5);
+        let environment = simulation.environment().clone();
+        environment.put("/file", &[0; 4096]);
+        if is_quota {
+            environment.set_quota(Some(2 * 4096));
+        } else {
+            environment.set_space_limit(Some(2 * 4096));
+        }
+        let inner = environment.clone();
+        simulation.block_on(async move {
+            let file = file(&inner, Access::Write).await;
+            file.write(HostOffset::new(4096), sector(1)).await.0.unwrap();
+            let full = |result: io::Result<()>| assert_eq!(result.unwrap_err().kind(), error);
+            full(file.write(HostOffset::new(8192), sector(1)).await.0);
+            full(file.allocate(HostOffset::new(8192), 1).await);
+            file.write(HostOffset::new(512), sector(1)).await.0.unwrap();
+            file.punch(HostOffset::ZERO, 4096).await.unwrap();
+            file.write(HostOffset::new(8192), sector(1)).await.0.unwrap();
+        });
+    }
 }
 
 #[test]

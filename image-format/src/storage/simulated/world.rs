@@ -93,6 +93,7 @@ pub(super) struct World {
     pub(super) program_chance: Chance,
     pub(super) space_limit: Option<u64>,
     pub(super) allocates_slowly: bool,
+    pub(super) quota: Option<u64>,
     /// How many operations of each kind have begun.
     pub(super) counts: BTreeMap<OperationKind, u64>,
     pub(super) log: VecDeque<Operation>,
@@ -125,6 +126,7 @@ impl World {
             program_chance,
             space_limit: None,
             allocates_slowly: false,
+            quota: None,
             counts: BTreeMap::new(),
             log: VecDeque::new(),
             effects: 0,
@@ -403,9 +405,18 @@ impl World {
     }
 
     fn admit_space(&self, inode: u64, at: u64, len: u64) -> io::Result<()> {
-        let Some(limit) = self.space_limit else { return Ok(()) };
+        if self.space_limit.is_none() && self.quota.is_none() {
+            return Ok(());
+        }
         let missing = self.disk.visible(inode).missing_space(at, len);
-        if missing > 0 && self.disk.used_space() + missing > limit { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        let exceeds = |limit: Option<u64>| missing > 0 && limit.is_some_and(|limit| self.disk.used_space() + missing > limit);
+        if exceeds(self.quota) {
+            Err(io::Error::from_raw_os_error(libc::EDQUOT))
+        } else if exceeds(self.space_limit) {
+            Err(io::Error::from_raw_os_error(libc::ENOSPC))
+        } else {
+            Ok(())
+        }
     }
 }
 

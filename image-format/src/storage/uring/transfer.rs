@@ -246,6 +246,7 @@ mod tests {
         assert_eq!((result.expect_err("enough").raw_os_error(), buffer.len()), (Some(libc::EAGAIN), 512));
         let mut write = transfer(CacheMode::Buffered, Direction::Write, AlignedBuffer::zeroed(512));
         assert_eq!(finished(write.advance(-libc::ENOSPC)).0.expect_err("full").kind(), io::ErrorKind::StorageFull);
+        assert_eq!(finished(write.advance(-libc::EDQUOT)).0.expect_err("used up").kind(), io::ErrorKind::QuotaExceeded);
     }
 
     #[test]
