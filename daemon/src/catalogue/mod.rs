@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use snapfence_image_format::runtime::WaitQueue;
 
 pub use kept::FileKeeper;
-pub use records::{DeviceRecord, DeviceTimes, LayerRecord, SnapshotDevice, SnapshotRecord, SnapshotState, microseconds};
+pub use records::{DeviceRecord, DeviceTimes, LayerRecord, Making, SnapshotDevice, SnapshotRecord, SnapshotState, microseconds};
 pub use state_dir::StateDir;
 pub use store::{CatalogueError, SCHEMA, Store, layers_beneath};
 

@@ -116,6 +116,15 @@ impl SnapshotRecord {
     }
 }
 
+/// Overlays that the daemon makes for one snapshot: recorded before the first file is there, until the snapshot's intent names them or they are gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Making {
+    /// Unique. The images have it in their headers, and the names under which they are written.
+    pub mark: u64,
+    /// Where they are to be.
+    pub overlays: Vec<PathBuf>,
+}
+
 /// Whole microseconds; saturates after half a million years.
 pub fn microseconds(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)

@@ -12,6 +12,7 @@ mod nodes;
 mod open;
 mod places;
 mod recover;
+mod remains;
 mod sizes;
 
 use std::cell::{Cell, RefCell};

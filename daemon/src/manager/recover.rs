@@ -11,9 +11,12 @@
 //! written to holds what the guest was told is there. It was durable and covered the top before it was recorded; if it is not found so, its file
 //! system may not be mounted, or a directory is not allowed any more, and to go on without it would take the guest back in time. `--forget` is
 //! for operators who know better.
+//!
+//! After that, whatever snapshots without an intent have left is removed (`remains`).
 
 use std::io;
 use std::path::Path;
+use std::rc::Rc;
 
 use snapfence_image_format::qcow2::{Header, HeaderError};
 use snapfence_image_format::storage::{Access, CacheMode, Environment, Location, Storage};
@@ -48,7 +51,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     ///
     /// # Errors
     /// If the catalogue cannot be read or written.
-    pub async fn recover(&self) -> Result<(), CatalogueError> {
+    pub async fn recover(self: &Rc<Self>) -> Result<(), CatalogueError> {
         for snapshot in self.catalogue.run(|store| store.snapshots()).await? {
             match snapshot.state {
                 SnapshotState::Frozen | SnapshotState::Failed => {}
@@ -61,7 +64,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 }
             }
         }
-        Ok(())
+        // By now the overlays that devices write to, or may write to, are recorded as such.
+        self.clear_all_remains().await
     }
 
     async fn roll_forward(&self, snapshot: SnapshotRecord) -> Result<(), CatalogueError> {
@@ -99,7 +103,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             }
         }
         if adopted.is_empty() {
-            return self.catalogue.run(move |store| store.drop_intent(&snapshot)).await;
+            return self.catalogue.run(move |store| store.drop_intent(&snapshot, None)).await;
         }
         let name = snapshot.name;
         let error = Some("the daemon ended before the snapshot was complete".to_owned());

@@ -167,7 +167,14 @@ pub(crate) fn path_beside(top: &Path, top_snapshot: Option<&str>, snapshot: &str
     top.with_file_name(format!("{stem}.{snapshot}.qcow2"))
 }
 
-/// Makes or opens the overlay, checks that it may cover the present top, and gets it ready for quick writes. Everything is durable then.
+/// The path under which an overlay with this mark is written before it gets its own.
+pub(crate) fn temporary_path(overlay: &Path, mark: u64) -> PathBuf {
+    let name = overlay.file_name().unwrap_or_default().to_string_lossy();
+    overlay.with_file_name(format!(".{name}.{:08x}", mark & 0xffff_ffff))
+}
+
+/// Makes or opens the overlay, checks that it may cover the present top, and gets it ready for quick writes. Everything is durable then. What is
+/// made bears `mark`, which the catalogue knows already.
 ///
 /// # Errors
 /// What is wrong with it. A file that was made is removed again.
@@ -175,7 +182,7 @@ pub(crate) async fn prepare<E: Environment>(
     environment: &E,
     below: &Below,
     path: &Path,
-    wanted: &Overlay,
+    (wanted, mark): (&Overlay, u64),
     others: &Others<'_>,
 ) -> Result<Prepared<E>, OverlayError> {
     let failed = |cause| OverlayError { path: path.to_owned(), cause };
@@ -186,7 +193,7 @@ pub(crate) async fn prepare<E: Environment>(
     let path = &location.path();
     let created = match wanted {
         Overlay::Existing(_) => None,
-        Overlay::Create | Overlay::CreateAt(_) => Some(create(environment, below, path, &location, others.wanted).await.map_err(failed)?),
+        Overlay::Create | Overlay::CreateAt(_) => Some(create(environment, below, mark, &location, others).await.map_err(failed)?),
     };
     match adopt(environment, below, path, &location, created, others).await {
         Ok((identity, image)) => {
@@ -195,7 +202,7 @@ pub(crate) async fn prepare<E: Environment>(
         }
         Err(cause) => {
             if let Some(identity) = created {
-                remove(environment, &location, identity).await;
+                remove(environment, others.keeper, &location, identity).await;
             }
             Err(failed(cause))
         }
@@ -203,13 +210,12 @@ pub(crate) async fn prepare<E: Environment>(
 }
 
 /// Takes back what was prepared.
-pub(crate) async fn discard<E: Environment>(environment: &E, prepared: Prepared<E>) {
+pub(crate) async fn discard<E: Environment>(environment: &E, keeper: &Arc<dyn MemoryKeeper>, prepared: Prepared<E>) {
     if prepared.created {
-        // It must not leave memory behind that was kept for it.
         give_back(&prepared.record.path, &prepared.layer).await;
         let Prepared { identity, layer, location, .. } = prepared;
         drop(layer);
-        remove(environment, &location, identity).await;
+        remove(environment, keeper, &location, identity).await;
     } else {
         // The file is not ours: only what was reserved in it is given back.
         leave(prepared).await;
@@ -222,16 +228,30 @@ pub(crate) async fn leave<E: Environment>(prepared: Prepared<E>) {
 }
 
 /// Removes a file that we have made, if it still has its name.
-async fn remove<E: Environment>(environment: &E, location: &Location, identity: FileIdentity) {
-    let path = location.path();
-    let result = match environment.open(location, Access::Read, CacheMode::Buffered).await {
-        Ok(file) if file.identity() == identity => environment.remove(&path).await,
-        Ok(_) => return,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = result {
+async fn remove<E: Environment>(environment: &E, keeper: &Arc<dyn MemoryKeeper>, location: &Location, identity: FileIdentity) {
+    if let Err(error) = remove_file(environment, keeper, location, identity).await {
+        let path = location.path();
         tracing::warn!(event = "overlay_left_behind", overlay = %path.display(), cause = %error, "an unused overlay cannot be removed");
     }
+}
+
+/// Removes the file of this identity, if it still has its name, and memory that was kept for it: closing the image may have failed to, and nobody
+/// opens it any more.
+///
+/// # Errors
+/// If it cannot be looked at, or not be removed.
+pub(crate) async fn remove_file<E: Environment>(
+    environment: &E,
+    keeper: &Arc<dyn MemoryKeeper>,
+    location: &Location,
+    identity: FileIdentity,
+) -> std::io::Result<()> {
+    let file = environment.open(location, Access::Read, CacheMode::Buffered).await?;
+    if file.identity() == identity {
+        environment.remove(&location.path()).await?;
+        keeper.retain(identity, 0);
+    }
+    Ok(())
 }
 
 /// Writes a new image under a temporary name, makes it durable, and gives it its name, which nothing may have had. Says which file it is.
@@ -241,15 +261,16 @@ async fn remove<E: Environment>(environment: &E, location: &Location, identity: 
 async fn create<E: Environment>(
     environment: &E,
     below: &Below,
-    path: &Path,
+    mark: u64,
     location: &Location,
-    wanted: &dyn Fn() -> bool,
+    others: &Others<'_>,
 ) -> Result<FileIdentity, OverlayCause> {
-    let still_wanted = || if wanted() { Ok(()) } else { Err(OverlayCause::TooLate) };
+    let still_wanted = || if (others.wanted)() { Ok(()) } else { Err(OverlayCause::TooLate) };
     let make = |action| move |source| OverlayCause::Make { action, source };
-    let name = path.file_name().unwrap_or_default();
-    let temporary_name = format!(".{}.{:08x}", name.to_string_lossy(), environment.random() & 0xffff_ffff);
-    if name.len() > MAX_FILE_NAME || temporary_name.len() > MAX_FILE_NAME {
+    let path = &location.path();
+    let temporary = temporary_path(path, mark);
+    let is_too_long = |path: &Path| path.file_name().is_some_and(|name| name.len() > MAX_FILE_NAME);
+    if is_too_long(path) || is_too_long(&temporary) {
         return Err(OverlayCause::NameTooLong);
     }
     match environment.open(location, Access::Read, below.cache).await {
@@ -258,11 +279,12 @@ async fn create<E: Environment>(
         Err(source) => return Err(OverlayCause::Make { action: "look for the file", source }),
     }
     still_wanted()?;
-    let temporary = below.allowed.locate(&path.with_file_name(temporary_name))?;
+    let temporary = below.allowed.locate(&temporary)?;
     let file = environment.open(&temporary, Access::CreateNew, below.cache).await.map_err(make("create the file"))?;
     let identity = file.identity();
     let written = async {
-        let options = CreateOptions::overlay(below.virtual_size, backing_name(&below.record.path, path), below.record.format.name());
+        let backing = backing_name(&below.record.path, path);
+        let options = CreateOptions { mark: Some(mark), ..CreateOptions::overlay(below.virtual_size, backing, below.record.format.name()) };
         Qcow2::<E>::create(&file, &options).await?;
         file.flush().await.map_err(make("flush the file"))?;
         still_wanted()?;
@@ -271,7 +293,7 @@ async fn create<E: Environment>(
             _ => OverlayCause::Make { action: "create the file", source: error },
         })?;
         if let Err(source) = environment.rename(&temporary.path(), path).await {
-            remove(environment, location, place.identity()).await;
+            remove(environment, others.keeper, location, place.identity()).await;
             return Err(OverlayCause::Make { action: "give the file its name", source });
         }
         Ok(())
@@ -279,7 +301,7 @@ async fn create<E: Environment>(
     let result = written.await;
     drop(file);
     if let Err(cause) = result {
-        remove(environment, &temporary, identity).await;
+        remove(environment, others.keeper, &temporary, identity).await;
         return Err(cause);
     }
     Ok(identity)

@@ -16,6 +16,7 @@ use snapfence_image_format::storage::Environment;
 use super::overlay::{self, Below, Others, OverlayCause, OverlayError};
 use super::run::{Cut, RunError};
 use super::{Asked, MAX_DEADLINE_MS, Member, Overlay};
+use crate::catalogue::Making;
 use crate::jobs::Job;
 use crate::manager::{Beneath, Device, DeviceLayer, Host, Manager};
 use crate::tasks::Tasks;
@@ -27,6 +28,13 @@ const PREPARE_LIMIT: Duration = Duration::from_millis(MAX_DEADLINE_MS);
 /// keeps nobody waiting.
 const UNDO_LIMIT: Duration = Duration::from_secs(2);
 
+/// The overlays of one group.
+pub(super) struct Ready<E: Environment, H: Host<E>> {
+    pub(super) cuts: Vec<Cut<E, H>>,
+    /// What the catalogue has of those that we have made.
+    pub(super) made: Option<Making>,
+}
+
 /// The overlays of one group on their way.
 struct Preparation<E: Environment, H: Host<E>> {
     /// Nobody wants them any more.
@@ -36,6 +44,8 @@ struct Preparation<E: Environment, H: Host<E>> {
     /// What is ready, by its place in the group.
     ready: RefCell<Vec<(usize, Cut<E, H>)>>,
     first_error: RefCell<Option<RunError>>,
+    /// What the catalogue has of those that we make.
+    made: RefCell<Option<Making>>,
     tasks: Rc<Tasks>,
 }
 
@@ -47,13 +57,21 @@ struct Plan<E: Environment, H: Host<E>> {
     wanted: Overlay,
 }
 
+impl<E: Environment, H: Host<E>> Plan<E, H> {
+    /// Whether we make the file.
+    fn is_made(&self) -> bool {
+        !matches!(self.wanted, Overlay::Existing(_))
+    }
+}
+
 impl<E: Environment, H: Host<E>> Preparation<E, H> {
-    fn new(ready: Vec<(usize, Cut<E, H>)>) -> Rc<Self> {
+    fn new(ready: Vec<(usize, Cut<E, H>)>, made: Option<Making>) -> Rc<Self> {
         Rc::new(Self {
             abandoned: Cell::new(false),
             awaited: RefCell::default(),
             ready: RefCell::new(ready),
             first_error: RefCell::default(),
+            made: RefCell::new(made),
             tasks: Rc::default(),
         })
     }
@@ -72,8 +90,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     ///
     /// # Errors
     /// What is wrong with the first overlay that is not possible; or which ones are not ready within [`PREPARE_LIMIT`].
-    pub(super) async fn prepare(self: &Rc<Self>, asked: &Asked, job: &Job) -> Result<Vec<Cut<E, H>>, RunError> {
-        let preparation = Preparation::new(Vec::new());
+    pub(super) async fn prepare(self: &Rc<Self>, asked: &Asked, job: &Job) -> Result<Ready<E, H>, RunError> {
+        let preparation = Preparation::new(Vec::new(), None);
         let (manager, begun, wanted) = (Rc::clone(self), Rc::clone(&preparation), asked.clone());
         preparation.tasks.spawn(&self.environment, async move {
             if let Err(error) = manager.begin_members(&wanted, &begun).await {
@@ -86,7 +104,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 let Some(error) = preparation.first_error.take() else {
                     let mut ready = preparation.ready.take();
                     ready.sort_by_key(|(at, _)| *at);
-                    return Ok(ready.into_iter().map(|(_, cut)| cut).collect());
+                    let cuts = ready.into_iter().map(|(_, cut)| cut).collect();
+                    return Ok(Ready { cuts, made: preparation.made.take() });
                 };
                 error
             }
@@ -101,20 +120,28 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     }
 
     /// Takes back what was prepared; a disk that hangs is not waited for.
-    pub(super) async fn undo(self: &Rc<Self>, cuts: Vec<Cut<E, H>>) {
-        self.abandon(&Preparation::new(cuts.into_iter().enumerate().collect())).await;
+    pub(super) async fn undo(self: &Rc<Self>, cuts: Vec<Cut<E, H>>, made: Option<Making>) {
+        self.abandon(&Preparation::new(cuts.into_iter().enumerate().collect(), made)).await;
     }
 
     async fn abandon(self: &Rc<Self>, preparation: &Rc<Preparation<E, H>>) {
         preparation.abandoned.set(true);
         for (_, cut) in preparation.ready.take() {
-            let (environment, state) = (self.environment.clone(), Rc::clone(preparation));
+            let (manager, state) = (Rc::clone(self), Rc::clone(preparation));
             preparation.tasks.spawn(&self.environment, async move {
-                state.awaiting(cut.device.name(), overlay::discard(&environment, cut.overlay)).await;
+                state.awaiting(cut.device.name(), overlay::discard(&manager.environment, &manager.keeper, cut.overlay)).await;
             });
         }
+        // Once nobody makes anything any more, nothing is left; only then may the record go that would lead the next start to it.
+        let (manager, state, end) = (Rc::clone(self), Rc::clone(preparation), Rc::<Tasks>::default());
+        end.spawn(&self.environment, async move {
+            state.tasks.all_ended().await;
+            if let Some(making) = state.made.take() {
+                manager.clear_remains(&making).await;
+            }
+        });
         let limit = self.patience(UNDO_LIMIT);
-        if let Either::Right(_) = select(std::pin::pin!(preparation.tasks.all_ended()), std::pin::pin!(limit)).await {
+        if let Either::Right(_) = select(std::pin::pin!(end.all_ended()), std::pin::pin!(limit)).await {
             tracing::error!(
                 event = "overlay_abandoned", devices = ?preparation.awaited.borrow(),
                 "the files of these devices do not answer; what was begun there is removed when they do"
@@ -145,6 +172,14 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         // What was made just now nobody can depend on.
         let found = asked.members.iter().any(|member| matches!(member.overlay, Overlay::Existing(_)));
         let protected = Rc::new(if found { self.beneath().await? } else { Beneath::default() });
+        let overlays: Vec<_> = plans.iter().filter(|plan| plan.is_made()).map(|plan| plan.path.clone()).collect();
+        let mark = self.environment.random();
+        if !overlays.is_empty() {
+            // Durable before there is a file.
+            let making = Making { mark, overlays };
+            preparation.made.replace(Some(making.clone()));
+            self.catalogue.run(move |store| store.begin_making(&making)).await?;
+        }
         if preparation.abandoned.get() {
             return Ok(());
         }
@@ -153,9 +188,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             preparation.tasks.spawn(&self.environment, async move {
                 let name = plan.device.name().to_owned();
                 let member = async {
-                    match manager.prepare_one(plan, &protected, &|| !state.abandoned.get()).await {
+                    match manager.prepare_one(plan, mark, &protected, &|| !state.abandoned.get()).await {
                         Err(error) => drop(state.first_error.borrow_mut().get_or_insert(error)),
-                        Ok(cut) if state.abandoned.get() => overlay::discard(&manager.environment, cut.overlay).await,
+                        Ok(cut) if state.abandoned.get() => overlay::discard(&manager.environment, &manager.keeper, cut.overlay).await,
                         Ok(cut) => state.ready.borrow_mut().push((at, cut)),
                     }
                 };
@@ -175,14 +210,15 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     async fn prepare_one(
         self: &Rc<Self>,
         plan: Plan<E, H>,
+        mark: u64,
         protected: &Beneath,
         wanted_still: &dyn Fn() -> bool,
     ) -> Result<Cut<E, H>, RunError> {
+        let is_made = plan.is_made();
         let Plan { device, old, path, wanted } = plan;
         let failed = |source| RunError::Overlay { device: device.name().to_owned(), source };
         let unusable = |source| RunError::Directory { device: device.name().to_owned(), path: path.clone(), source };
-        let made = !matches!(wanted, Overlay::Existing(_));
-        if made && !(wanted == Overlay::Create && old.identity.is_block_device()) {
+        if is_made && !(wanted == Overlay::Create && old.identity.is_block_device()) {
             let directory = path.parent().unwrap_or(Path::new("/"));
             if self.host.is_for_devices(directory).await.map_err(unusable)? {
                 return Err(failed(OverlayError { path: path.clone(), cause: OverlayCause::AmongDevices(directory.to_owned()) }));
@@ -197,7 +233,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         };
         let serving = |identity| self.device_with_layer(identity);
         let others = Others { serving: &serving, protected, keeper: &self.keeper, wanted: wanted_still };
-        match overlay::prepare(&self.environment, &below, &path, &wanted, &others).await {
+        match overlay::prepare(&self.environment, &below, &path, (&wanted, mark), &others).await {
             Err(source) => Err(failed(source)),
             Ok(overlay) => Ok(Cut { device, old, overlay }),
         }

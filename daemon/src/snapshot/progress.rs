@@ -6,7 +6,7 @@ use std::rc::Rc;
 use snapfence::protocol::{Failure, Moment, SnapshotDevice, SnapshotInfo, SnapshotState};
 use snapfence_image_format::runtime::WaitQueue;
 
-use crate::catalogue::{self, SnapshotRecord};
+use crate::catalogue::{self, Making, SnapshotRecord};
 use crate::jobs::Job;
 
 /// A snapshot from its admission to its end. It reaches `Switched` and then `Frozen`, or `Failed` from any state but `Frozen`.
@@ -24,8 +24,8 @@ pub struct Progress {
 /// What the catalogue says of a snapshot that has not come to its end.
 #[derive(Clone, Debug)]
 pub(super) enum Recorded {
-    /// This intent, or nothing. No device has switched.
-    Perhaps(SnapshotRecord),
+    /// This intent, or nothing. No device has switched. And the overlays that were made for it.
+    Perhaps(SnapshotRecord, Option<Making>),
     /// The intent, or any state after it.
     Switching,
 }

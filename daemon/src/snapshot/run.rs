@@ -23,6 +23,7 @@ use snapfence_image_format::stack::{FenceMember, FenceOutcome, FenceTimes, View}
 use snapfence_image_format::storage::{Environment, Sharing, Storage};
 
 use super::overlay::{self, OverlayError, Prepared};
+use super::prepare::Ready;
 use super::progress::{Progress, Recorded, info_of};
 use super::{Asked, Place, Refusal, admit};
 use crate::catalogue::{self, CatalogueError, DeviceTimes, SnapshotDevice, SnapshotRecord, microseconds};
@@ -190,7 +191,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let (name, error, recorded) = (name.to_owned(), error.to_owned(), recorded.clone());
         self.catalogue
             .run(move |store| match recorded {
-                Recorded::Perhaps(intent) => store.drop_intent(&intent),
+                Recorded::Perhaps(intent, made) => store.drop_intent(&intent, made.as_ref()),
                 Recorded::Switching => store.fail(&name, &error),
             })
             .await
@@ -206,23 +207,23 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let job = &progress.job;
         self.wait_in_line(place, job).await?;
         job.run();
-        let cuts = self.prepare(&asked, job).await?;
+        let Ready { cuts, made } = self.prepare(&asked, job).await?;
         job.step();
         if !job.seal() {
-            self.undo(cuts).await;
+            self.undo(cuts, made).await;
             return Err(RunError::Cancelled);
         }
         let record = intent(&asked.name, progress.info().created, &cuts);
-        let intended = record.clone();
-        if let Err(error) = self.catalogue.run(move |store| store.intend(&intended)).await {
+        let (intended, mark) = (record.clone(), made.as_ref().map(|making| making.mark));
+        if let Err(error) = self.catalogue.run(move |store| store.intend(&intended, mark)).await {
             // The record may be there all the same, and whatever it names is waited for at the next start. So it goes first.
-            let intended = record.clone();
-            match self.catalogue.run(move |store| store.drop_intent(&intended)).await {
-                Ok(()) => self.undo(cuts).await,
+            let (intended, making) = (record.clone(), made.clone());
+            match self.catalogue.run(move |store| store.drop_intent(&intended, making.as_ref())).await {
+                Ok(()) => self.undo(cuts, made).await,
                 // The first failure is what is reported.
                 Err(_) => {
                     self.leave(cuts).await;
-                    progress.recorded.replace(Some(Recorded::Perhaps(record)));
+                    progress.recorded.replace(Some(Recorded::Perhaps(record, made)));
                 }
             }
             return Err(error.into());

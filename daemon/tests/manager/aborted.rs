@@ -3,17 +3,19 @@
 //! - all devices have the new layer, or none has;
 //! - the snapshot counts and is one cut, or it has failed, and that does not change any more, whatever ends late and whatever a start finds;
 //! - the guests write and read on, and what they flushed is there after a kill;
-//! - what is left of overlays holds nothing, and is beneath nothing.
+//! - nothing is left of overlays that no device has, neither files nor memory that was kept for them.
 //!
 //! The operations are counted by doing: the N-th is struck, for every N until a run has none left that is.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use snapfence_image_format::chain::Format;
 use snapfence_image_format::qcow2::CreateOptions;
+use snapfence_image_format::storage::kept::TestKeeper;
 use snapfence_image_format::storage::simulated::{Fault, FaultEffect, SimulatedEnvironment, Simulation};
 
 use super::support::{CatalogueFile, DISK, World};
@@ -63,8 +65,8 @@ async fn serve(world: &World, device: &str) {
 }
 
 /// A daemon with the three devices, each with its directory, whose guests have written and flushed.
-async fn begin(environment: &SimulatedEnvironment, catalogue: &CatalogueFile) -> World {
-    let world = World::start(environment.clone(), catalogue.clone(), &[]);
+async fn begin(environment: &SimulatedEnvironment, catalogue: &CatalogueFile, keeper: &Arc<TestKeeper>) -> World {
+    let world = World::start_with(environment.clone(), catalogue.clone(), &[], Arc::clone(keeper), None);
     for device in DEVICES {
         world.create(&image(device), &CreateOptions::standalone(DISK)).await;
         serve(&world, device).await;
@@ -115,12 +117,18 @@ struct Seen {
 }
 
 /// The daemon is killed and another one begins.
-fn examine(environment: &SimulatedEnvironment, catalogue: &CatalogueFile, seen: Seen, what: &str) -> Option<String> {
+fn examine(
+    environment: &SimulatedEnvironment,
+    catalogue: &CatalogueFile,
+    keeper: Arc<TestKeeper>,
+    seen: Seen,
+    what: &str,
+) -> Option<String> {
     let environment = environment.killed();
     let mut simulation = Simulation::on(environment.clone());
     let (catalogue, what) = (catalogue.after_kill(), format!("{what}, then killed"));
     simulation.block_on(async move {
-        let world = World::start(environment.clone(), catalogue, &[]);
+        let world = World::start_with(environment.clone(), catalogue, &[], Arc::clone(&keeper), None);
         world.manager.recover().await.unwrap_or_else(|error| panic!("{what}: {error}"));
         for device in DEVICES {
             serve(&world, device).await;
@@ -129,8 +137,19 @@ fn examine(environment: &SimulatedEnvironment, catalogue: &CatalogueFile, seen: 
             let second = if seen.flushed.contains(&device) { vec![2] } else { vec![0, 2] };
             assert!(second.contains(&values[1]), "{what}: {device} has {values:?}");
         }
+        let mut layers = Vec::new();
+        for device in DEVICES {
+            layers.extend(world.layers(device).await);
+        }
+        let left: Vec<_> = world.files().into_iter().filter(|file| !layers.contains(file)).collect();
+        assert!(left.is_empty(), "{what}: {left:?} are left, and no device has them");
+        let making = world.manager.catalogue().run(|store| store.making()).await.expect("a catalogue");
+        assert_eq!(making, [], "{what}: nothing is being made");
         let at_rest = (has_switched(&world, &what).await, state(&world, &what).await);
         assert_eq!(at_rest.0, at_rest.1.is_some(), "{what}: a layer has a snapshot, valid or failed");
+        // Beneath a layer that was put on top, the one before may still be read with what it has there.
+        let most = if at_rest.0 { 2 * DEVICES.len() } else { DEVICES.len() };
+        assert!((DEVICES.len()..=most).contains(&keeper.count()), "{what}: memory is kept for {} layers", keeper.count());
         if let Some(before) = seen.at_rest {
             assert_eq!(at_rest, before, "{what}: a start has changed what was at rest");
         }
@@ -141,15 +160,6 @@ fn examine(environment: &SimulatedEnvironment, catalogue: &CatalogueFile, seen: 
         assert_eq!(world.snapshot("later", &DEVICES).await["state"], "frozen", "{what}");
         for device in DEVICES {
             assert_eq!(world.read(device, 2).await, [1, 3], "{what}");
-            let layers = world.layers(device).await;
-            // What has not got its name yet may be half an image.
-            let overlay = |file: &&String| file.starts_with(&folder(device)) && !file.contains("/.") && !layers.contains(file);
-            for file in world.files().iter().filter(overlay) {
-                if !environment.bytes(file).expect("a file").is_empty() {
-                    let below = world.read_file(&image(device), Format::Qcow2, 2).await;
-                    assert_eq!(world.read_file(file, Format::Qcow2, 2).await, below, "{what}: {file} lies about and holds something");
-                }
-            }
         }
         world.manager.stop().await.unwrap_or_else(|devices| panic!("{what}: {devices:?}"));
         at_rest.1
@@ -162,10 +172,11 @@ fn strike(seed: u64, struck: &'static str, blow: Blow, after: u64) -> Option<Str
     let mut simulation = Simulation::new(seed);
     let environment = simulation.environment().clone();
     let catalogue = CatalogueFile::default();
-    let (inside, kept, told) = (environment.clone(), catalogue.clone(), what.clone());
+    let keeper = Arc::new(TestKeeper::default());
+    let (inside, kept, memory, told) = (environment.clone(), catalogue.clone(), Arc::clone(&keeper), what.clone());
     let seen = simulation.block_on(async move {
         let (environment, what) = (inside, told);
-        let world = begin(&environment, &kept).await;
+        let world = begin(&environment, &kept, &memory).await;
         let (effect, lasting) = match blow {
             Blow::Error { errno, lasting } => (FaultEffect::Error(errno), lasting),
             Blow::Hang => (FaultEffect::Hang, false),
@@ -219,7 +230,7 @@ fn strike(seed: u64, struck: &'static str, blow: Blow, after: u64) -> Option<Str
         Some((true, state)) => format!("{} after the switch", state.as_deref().unwrap_or_default()),
         None => unreachable!("it has come to rest"),
     };
-    examine(&environment, &catalogue, seen, &what);
+    examine(&environment, &catalogue, keeper, seen, &what);
     Some(end)
 }
 
@@ -258,6 +269,7 @@ enum Kill {
 struct Run {
     environment: SimulatedEnvironment,
     catalogue: CatalogueFile,
+    keeper: Arc<TestKeeper>,
     seen: Seen,
     began: (u64, u64),
 }
@@ -273,6 +285,8 @@ fn run(seed: u64, kill: Kill) -> Run {
     }
     let began = Rc::new(Cell::new((0, 0)));
     let seen = Rc::new(RefCell::new(Seen::default()));
+    let keeper = Arc::new(TestKeeper::default());
+    let memory = Arc::clone(&keeper);
     let (inside, kept, told, noted) = (environment.clone(), catalogue.clone(), Rc::clone(&began), Rc::clone(&seen));
     simulation.run(async move {
         let note = |change: &dyn Fn(&mut Seen)| {
@@ -281,7 +295,7 @@ fn run(seed: u64, kill: Kill) -> Run {
                 change(&mut noted.borrow_mut());
             }
         };
-        let world = begin(&inside, &kept).await;
+        let world = begin(&inside, &kept, &memory).await;
         told.set((inside.effects(), kept.half_syncs()));
         world.done("snapshot-create", asked("s")).await;
         for device in DEVICES {
@@ -294,7 +308,7 @@ fn run(seed: u64, kill: Kill) -> Run {
         // Of the end nothing is told.
         let _ = world.manager.stop().await;
     });
-    Run { environment, catalogue, seen: seen.take(), began: began.get() }
+    Run { environment, catalogue, keeper, seen: seen.take(), began: began.get() }
 }
 
 #[test]
@@ -305,8 +319,8 @@ fn killed_at_every_change_all_devices_have_the_new_layer_or_none() {
     let syncs = (whole.began.1 + 1..=whole.catalogue.half_syncs()).map(Kill::Syncs);
     let mut ends: BTreeMap<(&str, Option<String>), u64> = BTreeMap::new();
     for kill in changes.chain(syncs) {
-        let Run { environment, catalogue, seen, .. } = run(seed, kill);
-        let end = examine(&environment, &catalogue, seen, &format!("seed {seed}, {kill:?}"));
+        let Run { environment, catalogue, keeper, seen, .. } = run(seed, kill);
+        let end = examine(&environment, &catalogue, keeper, seen, &format!("seed {seed}, {kill:?}"));
         let what = if matches!(kill, Kill::Changes(_)) { "changes of the medium" } else { "syncs of the catalogue" };
         *ends.entry((what, end)).or_default() += 1;
     }

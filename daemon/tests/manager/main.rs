@@ -8,5 +8,6 @@ mod crash;
 mod devices;
 mod expired;
 mod refusals;
+mod remains;
 mod snapshots;
 mod support;

@@ -51,6 +51,8 @@ pub struct CreateOptions {
     pub compression: Compression,
     /// What is allocated at once.
     pub preallocate: Preallocate,
+    /// A number that the image keeps, by which its maker knows it again.
+    pub mark: Option<u64>,
 }
 
 /// Why an image cannot be made.
@@ -104,6 +106,7 @@ impl CreateOptions {
             lazy_refcounts: false,
             compression: Compression::Deflate,
             preallocate: Preallocate::None,
+            mark: None,
         }
     }
 
@@ -342,6 +345,10 @@ fn header_cluster(options: &CreateOptions, geometry: &Geometry, layout: &Layout)
         head.extend(geometry.refcount_bits().ilog2().to_be_bytes());
         head.extend(V3_WRITTEN_HEADER_BYTES.to_be_bytes());
         head.extend([u8::from(options.compression == Compression::Zstd), 0, 0, 0, 0, 0, 0, 0]);
+    }
+    // First, so that the sector with the magic has it.
+    if let Some(mark) = options.mark {
+        push_extension(&mut head, extension::MARK, &mark.to_be_bytes());
     }
     if let Some((_, format)) = &options.backing {
         if format.is_empty() || format.contains(char::is_control) {

@@ -65,6 +65,8 @@ pub(super) mod extension {
     pub(crate) const BITMAPS: u32 = 0x2385_2875;
     pub(crate) const ENCRYPTION: u32 = 0x0537_be77;
     pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
+    /// Ours: a number by which whoever made the image knows it again. "snfm".
+    pub(crate) const MARK: u32 = 0x736e_666d;
 }
 
 /// Positions of the fields that are changed in place.
@@ -206,6 +208,7 @@ pub struct Header {
     backing: Option<Backing>,
     data_file_name: Option<OsString>,
     bitmaps: Option<BitmapsExtension>,
+    mark: Option<u64>,
     /// The first 512 bytes as they are in the file, to patch and write back.
     first_sector: Box<[u8]>,
 }
@@ -342,6 +345,7 @@ impl Header {
             compression,
             backing,
             data_file_name: extensions.data_file_name.clone(),
+            mark: extensions.mark,
             // Without its feature bit the extension is out of date: somebody wrote who did not know it.
             bitmaps: if autoclear & autoclear::BITMAPS != 0 { extensions.checked_bitmaps(cluster_bytes)? } else { None },
             first_sector: cluster[..512].into(),
@@ -470,6 +474,11 @@ impl Header {
         self.version >= 3
     }
 
+    /// The number that whoever made the image has given it, as [`CreateOptions::mark`](super::CreateOptions::mark).
+    pub fn mark(&self) -> Option<u64> {
+        self.mark
+    }
+
     /// The number of the memory in which a process keeps what the file does not have yet, or 0.
     pub fn kept_number(&self) -> u32 {
         // Truncation cuts the upper half out.
@@ -564,6 +573,7 @@ struct Extensions<'a> {
     feature_names: &'a [u8],
     bitmaps: Option<&'a [u8]>,
     encryption: bool,
+    mark: Option<u64>,
 }
 
 impl<'a> Extensions<'a> {
@@ -597,6 +607,7 @@ impl<'a> Extensions<'a> {
                 extension::FEATURE_NAMES => found.feature_names = data,
                 extension::BITMAPS => found.bitmaps = Some(data),
                 extension::ENCRYPTION => found.encryption = true,
+                extension::MARK => found.mark = data.try_into().ok().map(u64::from_be_bytes),
                 _ => {}
             }
         }

@@ -73,6 +73,8 @@ impl Geometry {
             lazy_refcounts: self.lazy_refcounts,
             compression: if self.zstd { Compression::Zstd } else { Compression::Deflate },
             preallocate: if self.preallocates { Preallocate::Metadata } else { Preallocate::None },
+            // QEMU does not know it, and must not mind.
+            mark: (self.cluster_bits >= 12).then_some(7),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! | `meta` | `schema` | version of this layout |
 //! | `layers` | device, index from the base | [`LayerRecord`](super::LayerRecord) as JSON |
 //! | `snapshots` | name | [`SnapshotRecord`](super::SnapshotRecord) as JSON |
+//! | `making` | mark | [`Making`](super::Making) as JSON; there since the first was recorded |
 //!
 //! Layers have rows of their own so that a snapshot of a deep stack adds one row and rewrites none.
 //!
@@ -15,6 +16,7 @@
 
 mod devices;
 mod error;
+mod making;
 mod snapshots;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -4,9 +4,10 @@ use std::cell::{Cell, RefCell};
 
 use redb::{ReadableTable, WriteTransaction};
 
-use super::super::records::{DeviceTimes, SnapshotRecord, SnapshotState};
+use super::super::records::{DeviceTimes, Making, SnapshotRecord, SnapshotState};
 use super::devices::{put_layer, recorded_top};
 use super::error::{read_error, write_error};
+use super::making::{drop_making, put_making};
 use super::{CatalogueError, LAYERS, SNAPSHOTS, Store, decode, encode};
 
 impl Store {
@@ -39,11 +40,11 @@ impl Store {
         })
     }
 
-    /// Records a new snapshot as intended.
+    /// Records a new snapshot as intended. From here on this record has the overlays that were `made` for it.
     ///
     /// # Errors
     /// If the name is taken or the database cannot be written.
-    pub fn intend(&mut self, snapshot: &SnapshotRecord) -> Result<(), CatalogueError> {
+    pub fn intend(&mut self, snapshot: &SnapshotRecord, made: Option<u64>) -> Result<(), CatalogueError> {
         let tried = Cell::new(false);
         self.write(|transaction| {
             let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
@@ -54,16 +55,18 @@ impl Store {
                 return Err(CatalogueError::SnapshotExists(snapshot.name.clone()));
             }
             put_snapshot(&mut table, snapshot)?;
-            Ok(())
+            made.map_or(Ok(()), |mark| drop_making(transaction, mark))
         })
     }
 
-    /// Takes back an intent of which nothing has happened, if it is there. Another snapshot of that name stays.
+    /// Takes back an intent of which nothing has happened, if it is there. Another snapshot of that name stays. The overlays that were `made` for it
+    /// are being made again: somebody has to remove them.
     ///
     /// # Errors
     /// If the database cannot be written: it is unknown then whether the intent is there.
-    pub fn drop_intent(&mut self, intent: &SnapshotRecord) -> Result<(), CatalogueError> {
+    pub fn drop_intent(&mut self, intent: &SnapshotRecord, made: Option<&Making>) -> Result<(), CatalogueError> {
         self.write(|transaction| {
+            made.map_or(Ok(()), |making| put_making(transaction, making))?;
             let mut table = transaction.open_table(SNAPSHOTS).map_err(write_error)?;
             if find_snapshot(&table, &intent.name)?.as_ref() == Some(intent) {
                 table.remove(intent.name.as_str()).map_err(write_error)?;

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use snapfence_image_format::chain::Format;
 
-use super::super::records::{DeviceRecord, DeviceTimes, LayerRecord, SnapshotDevice, SnapshotRecord, SnapshotState};
+use super::super::records::{DeviceRecord, DeviceTimes, LayerRecord, Making, SnapshotDevice, SnapshotRecord, SnapshotState};
 use super::*;
 
 pub(crate) fn layer(path: &str) -> LayerRecord {
@@ -126,8 +126,8 @@ fn a_stack_grows_by_its_snapshots_and_survives_reopening() {
     let mut device = DeviceRecord { name: "vda".into(), layers: vec![layer("/base"), layer("/top")] };
     store.put_device(&device).expect("writable");
     store.put_device(&DeviceRecord { name: "vdab".into(), layers: vec![layer("/other")] }).expect("writable");
-    store.intend(&intent("s1", "vda", "/top", "/s1")).expect("a new name");
-    assert!(matches!(store.intend(&intent("s1", "vda", "/top", "/s1")), Err(CatalogueError::SnapshotExists(_))));
+    store.intend(&intent("s1", "vda", "/top", "/s1"), None).expect("a new name");
+    assert!(matches!(store.intend(&intent("s1", "vda", "/top", "/s1"), None), Err(CatalogueError::SnapshotExists(_))));
     store.adopt_overlays("s1", &[("vda".into(), times(5))], SnapshotState::Switched, None).expect("intended");
     drop(store);
 
@@ -159,14 +159,18 @@ fn a_snapshot_takes_no_step_that_its_state_does_not_allow() {
     }
     let mut store = Store::with_backend(VolatileDisk::default()).expect("memory");
     assert!(matches!(store.conclude("s", &[], Frozen, None), Err(CatalogueError::NoSnapshot(_))));
-    store.intend(&intent("s", "vda", "/a", "/b")).expect("a new name");
+    store.intend(&intent("s", "vda", "/a", "/b"), None).expect("a new name");
     for end in [Frozen, Failed] {
         assert!(matches!(store.conclude("s", &[], end, None), Err(CatalogueError::Transition { .. })));
     }
-    store.drop_intent(&intent("s", "vda", "/a", "/other")).expect("writable");
+    store.drop_intent(&intent("s", "vda", "/a", "/other"), None).expect("writable");
     assert!(store.snapshot("s").expect("readable").is_some(), "another's");
-    store.drop_intent(&intent("s", "vda", "/a", "/b")).expect("writable");
+    let making = Making { mark: 7, overlays: vec!["/b".into()] };
+    store.drop_intent(&intent("s", "vda", "/a", "/b"), Some(&making)).expect("writable");
     assert_eq!(store.snapshot("s").expect("readable"), None);
+    assert_eq!(store.making().expect("readable"), [making], "somebody has to remove what was made");
+    store.end_making(7).expect("writable");
+    assert_eq!(store.making().expect("readable"), []);
 }
 
 #[test]
@@ -186,7 +190,7 @@ fn a_failure_that_passes_costs_nothing_and_a_lasting_one_no_more_than_its_step()
     type Step = fn(&mut Store) -> Result<(), CatalogueError>;
     let steps: [Step; 4] = [
         |store| store.put_device(&DeviceRecord { name: "vda".into(), layers: vec![layer("/base")] }),
-        |store| store.intend(&intent("s", "vda", "/base", "/s")),
+        |store| store.intend(&intent("s", "vda", "/base", "/s"), None),
         |store| store.adopt_overlays("s", &[("vda".into(), times(1))], SnapshotState::Switched, None).map(drop),
         |store| store.conclude("s", &[], SnapshotState::Frozen, None).map(drop),
     ];
@@ -229,12 +233,12 @@ fn a_failed_snapshot_is_failed_whatever_was_recorded() {
     for recorded in 0..4 {
         let mut store = Store::with_backend(VolatileDisk::default()).expect("new");
         store.put_device(&DeviceRecord { name: "vda".into(), layers: vec![layer("/base")] }).expect("writable");
-        store.intend(&intent("s", "vda", "/base", "/s")).expect("a new name");
+        store.intend(&intent("s", "vda", "/base", "/s"), None).expect("a new name");
         match recorded {
             0 => {}
             1 => {
                 // The next snapshot of the device was recorded, this one was not.
-                store.intend(&intent("t", "vda", "/s", "/t")).expect("a new name");
+                store.intend(&intent("t", "vda", "/s", "/t"), None).expect("a new name");
                 store.adopt_overlays("t", &[("vda".into(), times(1))], SnapshotState::Switched, None).expect("intended");
             }
             _ => {
@@ -284,20 +288,26 @@ fn after_a_crash_each_step_has_happened_or_has_not() {
     let start = disk.0.lock().expect("no panics").now.clone();
     let disk = VolatileDisk::holding(start);
     let mut store = Store::with_backend(disk.clone()).expect("there");
-    store.intend(&intent("s", "vda", "/base", "/s")).expect("a new name");
+    assert_eq!(store.making().expect("readable"), [], "none has ever been recorded");
+    let making = Making { mark: 7, overlays: vec!["/s".into()] };
+    store.begin_making(&making).expect("writable");
+    store.intend(&intent("s", "vda", "/base", "/s"), Some(7)).expect("a new name");
     store.adopt_overlays("s", &[("vda".into(), times(1))], SnapshotState::Switched, None).expect("intended");
     store.conclude("s", &[], SnapshotState::Frozen, None).expect("switched");
 
     let crashes = std::mem::take(&mut disk.0.lock().expect("no panics").crashes);
     assert!(crashes.len() > 6, "the steps write");
-    let mut seen = BTreeSet::new();
+    let (mut seen, mut seen_being_made) = (BTreeSet::new(), false);
     for bytes in crashes {
         let store = Store::with_backend(VolatileDisk::holding(bytes)).expect("a crash leaves a catalogue");
         let state = store.snapshot("s").expect("readable").map(|snapshot| snapshot.state);
         let layers = store.device("vda").expect("readable").expect("recorded").layers.len();
+        let being_made = store.making().expect("readable");
+        assert!(being_made.is_empty() || state.is_none() && being_made == [making.clone()], "{state:?}: {being_made:?}");
+        seen_being_made |= !being_made.is_empty();
         let adopted = matches!(state, Some(SnapshotState::Switched | SnapshotState::Frozen));
         assert_eq!(layers, if adopted { 2 } else { 1 }, "{state:?}");
         seen.insert(state.map(SnapshotState::name));
     }
-    assert!(seen.len() >= 3, "crashes between the steps are among them: {seen:?}");
+    assert!(seen.len() >= 3 && seen_being_made, "crashes between the steps are among them: {seen:?}");
 }
