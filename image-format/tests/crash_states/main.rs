@@ -8,7 +8,8 @@
 //!
 //! Recovering depends on what is on the disk and on nothing else, so a disk that comes out twice is recovered once, and compared each time with
 //! what must be found there. Where too many disks are possible some are drawn by chance, and counted. `SNAPFENCE_SEED` gives another order of
-//! completions and other draws.
+//! completions and other draws. `SNAPFENCE_SEEDS=n` looks at so many long histories only, `SNAPFENCE_LENGTH=n` only at histories of up to n
+//! operations, and does not ask then whether much was seen: for runs with many changed programs.
 
 mod course;
 mod expected;
@@ -37,8 +38,12 @@ const LONG: u64 = 200;
 const SHORT_FOREIGN_EVERY: u64 = 160;
 const LONG_FOREIGN_EVERY: u64 = 256;
 
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{variable} is a number")))
+}
+
 fn seed() -> u64 {
-    std::env::var("SNAPFENCE_SEED").map_or(1, |seed| seed.parse().expect("a number"))
+    number("SNAPFENCE_SEED").unwrap_or(1)
 }
 
 /// Lets no course begin any more when one has failed.
@@ -80,9 +85,10 @@ fn run_all(name: &str, courses: &[Course], limits: Limits, foreign_every: u64) -
 
 #[test]
 fn no_crash_of_a_short_history_loses_anything() {
+    let less = number("SNAPFENCE_LENGTH");
     let mut courses = Vec::new();
     for layout in &LAYOUTS {
-        for length in 0..=LENGTH {
+        for length in 0..=less.map_or(LENGTH, |length| length as usize) {
             let letters = layout.letters();
             for number in 0..letters.len().pow(length as u32) {
                 let steps = (0..length as u32).map(|place| letters[number / letters.len().pow(place) % letters.len()].clone()).collect();
@@ -92,6 +98,9 @@ fn no_crash_of_a_short_history_loses_anything() {
     }
     let tally = run_all("short histories", &courses, Limits::SHORT, SHORT_FOREIGN_EVERY);
     assert_eq!(tally.histories, courses.len() as u64);
+    if less.is_some() {
+        return;
+    }
     // So that it does not get less unnoticed. What is lost or corrupt has failed already.
     assert!(tally.states + tally.second_states >= 1_000_000 && tally.distinct >= 50_000, "{tally}");
     assert_eq!((tally.drawn_points, tally.second_drawn_points), (0, 0), "everything was looked at: {tally}");
@@ -100,9 +109,11 @@ fn no_crash_of_a_short_history_loses_anything() {
 
 #[test]
 fn no_crash_of_a_long_history_loses_anything() {
-    let courses: Vec<_> =
-        (0..LONG).map(|number| Course::random(&LAYOUTS[number as usize / 2 % LAYOUTS.len()], seed().wrapping_mul(LONG) + number)).collect();
+    let less = number("SNAPFENCE_SEEDS");
+    let courses: Vec<_> = (0..less.unwrap_or(LONG))
+        .map(|number| Course::random(&LAYOUTS[number as usize / 2 % LAYOUTS.len()], seed().wrapping_mul(LONG) + number))
+        .collect();
     let tally = run_all("long histories", &courses, Limits::LONG, LONG_FOREIGN_EVERY);
-    assert_eq!(tally.histories, LONG);
-    assert!(tally.states > 1000 && tally.leaky > 0 && tally.second_states > 0, "{tally}");
+    assert_eq!(tally.histories, courses.len() as u64);
+    assert!(less.is_some() || tally.states > 1000 && tally.leaky > 0 && tally.second_states > 0, "{tally}");
 }
