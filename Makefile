@@ -5,6 +5,7 @@
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot; how fast it is beside others
 # make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz), address sanitizer included
 # make mutants whether the tests notice small changes of the code that writes in order, and of the fence (cargo-mutants; docs/mutants.md)
+# make coverage how many lines of image formats, fence and queues the faster tests reach (cargo-llvm-cov)
 # make guest   the guest that the tests and the demo boot
 # make install what this machine lacks for the above, from Debian's packages; make install-fuzzer that and what fuzzing takes, by rustup
 # make fmt, make lint, make clean
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test sim build bench fuzz mutants guest install install-fuzzer fmt fmt-check lint doc clean
+.PHONY: demo test sim build bench fuzz mutants coverage guest install install-fuzzer fmt fmt-check lint doc clean
 
 # Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -51,6 +52,9 @@ fuzz: install-fuzzer
 
 mutants:
 	@tests/mutants.sh
+
+coverage:
+	@tests/coverage.sh
 
 guest: install
 	@tests/guest/build.sh root

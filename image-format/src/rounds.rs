@@ -152,3 +152,149 @@ impl Drop for Round<'_> {
         self.rounds.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::future::{poll_fn, ready};
+    use std::pin::{Pin, pin};
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    type Outcome = Result<(), LayerError>;
+
+    fn poll<T>(future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// What `future` gives at once.
+    fn now<T>(future: impl Future<Output = T>) -> T {
+        match poll(pin!(future)) {
+            Poll::Ready(value) => value,
+            Poll::Pending => panic!("it waits"),
+        }
+    }
+
+    /// Work that counts that it has begun, and ends when `gate` opens.
+    fn work<'a>(begun: &'a Cell<u32>, gate: &'a Cell<bool>) -> impl Future<Output = Outcome> + 'a {
+        let mut first = true;
+        poll_fn(move |_| {
+            if std::mem::take(&mut first) {
+                begun.set(begun.get() + 1);
+            }
+            if gate.get() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        })
+    }
+
+    fn failure() -> LayerError {
+        LayerError::io("flush", Structure::File, HostOffset::ZERO, std::io::Error::from_raw_os_error(libc::EIO))
+    }
+
+    #[test]
+    fn whoever_asks_during_a_round_shares_the_next_one_with_all_who_do() {
+        let rounds = Rounds::default();
+        let (begun, gate) = (Cell::new(0), Cell::new(false));
+        let mut present = pin!(rounds.share(work(&begun, &gate)));
+        assert!(!rounds.is_running());
+        assert!(poll(present.as_mut()).is_pending());
+        assert!(rounds.is_running());
+        let mut second = pin!(rounds.share(work(&begun, &gate)));
+        let mut third = pin!(rounds.share(work(&begun, &gate)));
+        assert!(poll(second.as_mut()).is_pending() && poll(third.as_mut()).is_pending());
+        assert_eq!(begun.get(), 1, "one at a time");
+        gate.set(true);
+        assert!(matches!(poll(present), Poll::Ready(Ok(()))));
+        assert!(!rounds.is_running());
+        gate.set(false);
+        // The round that has just ended may have begun before what they want.
+        assert!(poll(second.as_mut()).is_pending() && poll(third.as_mut()).is_pending());
+        assert_eq!(begun.get(), 2, "one round for both");
+        gate.set(true);
+        assert!(matches!(poll(second), Poll::Ready(Ok(()))));
+        assert!(matches!(poll(third), Poll::Ready(Ok(()))));
+        assert_eq!(begun.get(), 2, "one round for both");
+        assert!(!rounds.is_running());
+    }
+
+    #[test]
+    fn a_round_of_ones_own_is_not_another_ones() {
+        let rounds = Rounds::default();
+        let (begun, gate) = (Cell::new(0), Cell::new(false));
+        let mut present = pin!(rounds.share(work(&begun, &gate)));
+        assert!(poll(present.as_mut()).is_pending());
+        let mut shared = pin!(rounds.share(work(&begun, &gate)));
+        let mut own = pin!(rounds.alone(work(&begun, &gate)));
+        assert!(poll(own.as_mut()).is_pending() && poll(shared.as_mut()).is_pending());
+        gate.set(true);
+        assert!(matches!(poll(present), Poll::Ready(Ok(()))));
+        assert!(matches!(poll(shared), Poll::Ready(Ok(()))));
+        assert_eq!(begun.get(), 2);
+        assert!(matches!(poll(own), Poll::Ready(Ok(()))));
+        assert_eq!(begun.get(), 3);
+    }
+
+    #[test]
+    fn after_a_failure_no_round_runs() {
+        let rounds = Rounds::default();
+        rounds.admit().expect("nothing has failed");
+        let failed = now(rounds.share(ready(Err(failure()))));
+        assert!(matches!(failed, Err(LayerError::Io { .. })), "whoever sees it first sees its cause: {failed:?}");
+        assert!(matches!(rounds.admit(), Err(LayerError::Failed(_))));
+        let gate = Cell::new(true);
+        let begun = Cell::new(0);
+        for again in [now(rounds.share(work(&begun, &gate))), now(rounds.alone(work(&begun, &gate)))] {
+            assert!(matches!(again, Err(LayerError::Failed(_))), "{again:?}");
+        }
+        assert_eq!(begun.get(), 0);
+        assert!(!rounds.is_running());
+    }
+
+    #[test]
+    fn a_failure_is_that_of_those_who_wait_too() {
+        let rounds = Rounds::default();
+        let gate = Cell::new(false);
+        let failing = poll_fn(|_| if gate.get() { Poll::Ready(Err(failure())) } else { Poll::Pending });
+        let mut present = pin!(rounds.share(failing));
+        assert!(poll(present.as_mut()).is_pending());
+        let mut waiting = pin!(rounds.share(ready(Ok(()))));
+        let mut own = pin!(rounds.alone(ready(Ok(()))));
+        assert!(poll(waiting.as_mut()).is_pending() && poll(own.as_mut()).is_pending());
+        gate.set(true);
+        assert!(matches!(poll(present), Poll::Ready(Err(LayerError::Io { .. }))));
+        assert!(matches!(poll(waiting), Poll::Ready(Err(LayerError::Failed(_)))));
+        assert!(matches!(poll(own), Poll::Ready(Err(LayerError::Failed(_)))));
+    }
+
+    #[test]
+    fn work_that_is_dropped_half_way_has_failed() {
+        let rounds = Rounds::default();
+        let (begun, gate) = (Cell::new(0), Cell::new(false));
+        {
+            let mut dropped = pin!(rounds.share(work(&begun, &gate)));
+            assert!(poll(dropped.as_mut()).is_pending());
+            let mut waiting = pin!(rounds.share(work(&begun, &gate)));
+            assert!(poll(waiting.as_mut()).is_pending());
+            // Whoever only waits leaves nothing behind.
+        }
+        assert_eq!(begun.get(), 1);
+        assert!(!rounds.is_running());
+        assert!(matches!(now(rounds.share(ready(Ok(())))), Err(LayerError::Failed(_))));
+    }
+
+    #[test]
+    fn waiting_that_is_given_up_harms_nobody() {
+        let rounds = Rounds::default();
+        let (begun, gate) = (Cell::new(0), Cell::new(false));
+        let mut present = pin!(rounds.share(work(&begun, &gate)));
+        assert!(poll(present.as_mut()).is_pending());
+        {
+            let mut waiting = pin!(rounds.share(work(&begun, &gate)));
+            assert!(poll(waiting.as_mut()).is_pending());
+        }
+        gate.set(true);
+        assert!(matches!(poll(present), Poll::Ready(Ok(()))));
+        now(rounds.share(work(&begun, &gate))).expect("nothing has failed");
+        assert_eq!(begun.get(), 2);
+    }
+}

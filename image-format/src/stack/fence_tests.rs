@@ -1,7 +1,9 @@
 //! What a fence does, step by step; its interleavings are for `tests/handshake_loom.rs` and `tests/handshake_shuttle.rs`.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use super::fence::{Fence, FenceDomain, FenceOutcome, Marks};
@@ -83,7 +85,12 @@ fn an_expired_fence_is_never_released_late() {
 #[test]
 fn a_deadline_passes_although_nobody_who_waits_can_move() {
     let start = std::time::Instant::now();
-    let domain = FenceDomain::new(move || start.elapsed());
+    let looks = Arc::new(AtomicU64::new(0));
+    let looked = Arc::clone(&looks);
+    let domain = FenceDomain::new(move || {
+        looked.fetch_add(1, SeqCst);
+        start.elapsed()
+    });
     let watched = Arc::clone(&domain);
     std::thread::spawn(move || watched.expire_overdue());
     let marks = Arc::new(Marks::default());
@@ -109,6 +116,7 @@ fn a_deadline_passes_although_nobody_who_waits_can_move() {
     let quick = fence_over(&domain, &[]);
     quick.switch_until(Duration::MAX);
     assert_eq!(quick.outcome(), Some(FenceOutcome::Released));
+    assert!(looks.load(SeqCst) < 1000, "it sleeps until the next deadline instead of looking all the time");
 }
 
 #[test]
@@ -141,4 +149,63 @@ fn a_thread_that_was_parked_loads_its_views_again() {
     thread.park();
     thread.begin_turn(|| loads += 1);
     assert_eq!(loads, 2);
+}
+
+#[test]
+fn views_are_stale_from_a_switch_to_the_next_turn() {
+    let domain = domain();
+    let mut thread = domain.join();
+    thread.begin_turn(|| {});
+    assert!(!thread.is_stale());
+    fence_over(&domain, &[]).switch();
+    assert!(thread.is_stale());
+    thread.begin_turn(|| {});
+    assert!(!thread.is_stale());
+}
+
+#[test]
+fn a_fence_that_has_ended_is_forgotten_and_others_are_not() {
+    let domain = domain();
+    let marks = [Arc::new(Marks::default()), Arc::new(Marks::default())];
+    let mut threads = [domain.join(), domain.join()];
+    let _attachments = [threads[0].attach(&marks[0]), threads[1].attach(&marks[1])];
+    threads.iter_mut().for_each(|thread| thread.begin_turn(|| {}));
+    let fences = [fence_over(&domain, &[&marks[0]]), fence_over(&domain, &[&marks[1]])];
+    fences.iter().for_each(Fence::switch);
+    let [first, second] = fences;
+    threads[0].park();
+    assert_eq!((first.outcome(), second.outcome()), (Some(FenceOutcome::Released), None));
+    let kept = Arc::downgrade(&first);
+    drop(first);
+    assert!(kept.upgrade().is_none(), "nobody keeps it");
+    threads[1].park();
+    assert_eq!(second.outcome(), Some(FenceOutcome::Released));
+}
+
+#[test]
+fn what_is_held_is_let_go_when_its_fence_ends_and_not_held_afterwards() {
+    let now = Arc::new(AtomicU64::new(0));
+    let clock = Arc::clone(&now);
+    let domain = FenceDomain::new(move || Duration::from_micros(clock.load(SeqCst)));
+    let fence = domain.fence();
+    let members = [(); 2].map(|()| fence.add_member(&Arc::default()));
+    let mut context = Context::from_waker(Waker::noop());
+    let mut held = pin!(members[0].hold_completion());
+    assert!(held.as_mut().poll(&mut context).is_pending());
+    now.store(7, SeqCst);
+    assert!(held.as_mut().poll(&mut context).is_pending());
+    assert_eq!(fence.expire(), FenceOutcome::Expired);
+    assert!(held.poll(&mut context).is_ready());
+    assert!(pin!(members[1].hold_completion()).poll(&mut context).is_ready());
+    assert_eq!([0, 1].map(|which: usize| members[which].times().longest_hold.as_micros()), [7, 0]);
+    assert_eq!(fence.times().longest_hold.as_micros(), 7);
+}
+
+#[test]
+fn logs_tell_how_a_fence_has_ended() {
+    let domain = domain();
+    let fence = domain.fence();
+    assert_eq!(format!("{domain:?} {fence:?}"), "FenceDomain(generation 2) Fence { outcome: None, .. }");
+    fence.switch();
+    assert_eq!(format!("{domain:?} {fence:?}"), "FenceDomain(generation 3) Fence { outcome: Some(Released), .. }");
 }

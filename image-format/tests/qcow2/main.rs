@@ -8,8 +8,10 @@
 //! - `killed`: the process is killed, and the guest goes on.
 //! - `open`: what opening for writing repairs, forgets, keeps and refuses.
 //! - `shared`: clusters that internal snapshots share, and compressed ones.
+//! - `beneath`: what lay in the cache when a stack was opened over it.
 //! - `torn`: metadata that was written in part, not at all or elsewhere.
 
+mod beneath;
 mod crash;
 mod disk;
 mod faults;
