@@ -17,7 +17,7 @@ use snapfence_image_format::qcow2::{CreateOptions, Qcow2};
 use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::{Attachment, FenceDomain, Participant, Stack};
 use snapfence_image_format::storage::kept::TestKeeper;
-use snapfence_image_format::storage::simulated::SimulatedEnvironment;
+use snapfence_image_format::storage::simulated::{Moment, SimulatedEnvironment, reach};
 use snapfence_image_format::storage::{Access, CacheMode, Environment, Location, Storage};
 use snapfence_image_format::units::{GuestOffset, SECTOR_BYTES};
 use snapfenced::catalogue::{Catalogue, Store};
@@ -153,6 +153,8 @@ struct Bytes {
     breaks_after_syncs: Option<u64>,
     syncs: u64,
     kill: Option<Kill>,
+    /// What was there when the daemon ended, and what of it durable: it may go on without knowing.
+    at_end: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 /// The daemon is killed while it makes a change of its catalogue durable.
@@ -161,18 +163,25 @@ struct Kill {
     /// So many halves of syncs have been done: the changes written, and made durable.
     after: u64,
     environment: SimulatedEnvironment,
-    /// What was there then, and what of it durable.
-    found: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Bytes {
     /// Half of a sync has been done.
     fn half_sync(&mut self) {
         self.syncs += 1;
-        if let Some(kill) = self.kill.as_mut().filter(|kill| kill.after == self.syncs) {
+        if let Some(kill) = self.kill.as_ref().filter(|kill| kill.after == self.syncs) {
             drop(kill.environment.killed());
-            kill.found = Some((self.now.clone(), self.durable.clone()));
+            self.end();
         }
+    }
+
+    fn end(&mut self) {
+        self.at_end = Some((self.now.clone(), self.durable.clone()));
+    }
+
+    /// What was there in the end, and what of it durable.
+    fn found(&mut self) -> (Vec<u8>, Vec<u8>) {
+        self.at_end.take().unwrap_or_else(|| (self.now.clone(), self.durable.clone()))
     }
 }
 
@@ -183,22 +192,24 @@ impl CatalogueFile {
 
     /// What is there after a power cut.
     pub(crate) fn after_power_cut(&self) -> Self {
-        let durable = self.change(|bytes| bytes.durable.clone());
+        let (_, durable) = self.change(Bytes::found);
         Self(Arc::new(Mutex::new(Bytes { now: durable.clone(), durable, ..Bytes::default() })))
     }
 
     /// What is there after the daemon was killed: everything, and what was not durable is so no more than before.
     pub(crate) fn after_kill(&self) -> Self {
-        let (now, durable) = self.change(|bytes| {
-            let found = bytes.kill.as_mut().and_then(|kill| kill.found.take());
-            found.unwrap_or_else(|| (bytes.now.clone(), bytes.durable.clone()))
-        });
+        let (now, durable) = self.change(Bytes::found);
         Self(Arc::new(Mutex::new(Bytes { now, durable, ..Bytes::default() })))
     }
 
     /// Kills the daemon after `halves` halves of syncs, counted from the beginning.
     pub(crate) fn kill_after(&self, halves: u64, environment: &SimulatedEnvironment) {
-        self.change(|bytes| bytes.kill = Some(Kill { after: halves, environment: environment.clone(), found: None }));
+        self.change(|bytes| bytes.kill = Some(Kill { after: halves, environment: environment.clone() }));
+    }
+
+    /// The daemon ends here, whatever it goes on to write.
+    pub(crate) fn end(&self) {
+        self.change(Bytes::end);
     }
 
     /// How many halves of syncs have been done.
@@ -248,8 +259,9 @@ impl StorageBackend for CatalogueFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.writable()?;
+        self.change(Bytes::half_sync);
+        reach(Moment::Elsewhere);
         self.change(|bytes| {
-            bytes.half_sync();
             bytes.durable = bytes.now.clone();
             bytes.half_sync();
             match &mut bytes.breaks_after_syncs {
@@ -258,6 +270,7 @@ impl StorageBackend for CatalogueFile {
                 None => {}
             }
         });
+        reach(Moment::Elsewhere);
         self.writable()
     }
 

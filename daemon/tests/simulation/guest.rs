@@ -113,6 +113,8 @@ pub(crate) struct Guest {
     pub(crate) errors: u64,
     /// Whether requests may fail: the disk does.
     pub(crate) disk_fails: bool,
+    /// Whether it mostly takes clusters away and writes to others, and seldom flushes.
+    pub(crate) churns: bool,
 }
 
 fn new_disk(chance: &mut Chance) -> Disk {
@@ -141,6 +143,7 @@ impl Guest {
             completed: 0,
             errors: 0,
             disk_fails: false,
+            churns: false,
         }
     }
 
@@ -231,14 +234,15 @@ impl Guest {
 
     fn submit(&mut self, disk: usize, number: usize) {
         let Some(slot) = self.disks[disk].queues[number].slots.iter().position(Option::is_none) else { return };
+        let [writes, reads, discards, zeros] = if self.churns { [7, 8, 12, 15] } else { [8, 11, 12, 14] };
         let kind = match self.chance.below(16) {
-            0..8 => OUT,
-            8..11 => IN,
-            11 => DISCARD,
-            12..14 => WRITE_ZEROES,
+            kind if kind < writes => OUT,
+            kind if kind < reads => IN,
+            kind if kind < discards => DISCARD,
+            kind if kind < zeros => WRITE_ZEROES,
             _ => FLUSH,
         };
-        let sectors = if matches!(kind, DISCARD | WRITE_ZEROES) && self.chance.happens(1, 2) {
+        let sectors = if matches!(kind, DISCARD | WRITE_ZEROES) && self.chance.happens(1 + 2 * u64::from(self.churns), 4) {
             cluster(self.chance.below(64))
         } else {
             range(self.chance.index(3), self.chance.below(64), 1 + self.chance.below(8))
@@ -286,12 +290,12 @@ impl Guest {
     }
 }
 
-/// The guest's processor.
-pub(crate) struct Processor(pub(crate) Rc<RefCell<Guest>>);
+/// The guest's processor, for as long as there is a daemon.
+pub(crate) struct Processor(pub(crate) Rc<RefCell<Guest>>, pub(crate) SimulatedEnvironment);
 
 impl SimulatedThread for Processor {
     fn has_work(&self) -> bool {
-        self.0.borrow().has_work()
+        !self.1.is_stopped() && self.0.borrow().has_work()
     }
 
     fn turn(&mut self) {
@@ -308,12 +312,62 @@ pub(crate) fn guest_turn(guest: &Rc<RefCell<Guest>>) {
     }
 }
 
+/// The daemon's control thread.
+#[derive(Clone)]
+pub(crate) struct ControlThread {
+    executor: Executor,
+    environment: SimulatedEnvironment,
+    is_running: Rc<Cell<bool>>,
+    /// Turns that it does not have, although it has work.
+    held_up: Rc<Cell<u64>>,
+}
+
+impl ControlThread {
+    pub(crate) fn new(executor: Executor, environment: SimulatedEnvironment) -> Self {
+        let (is_running, held_up) = Default::default();
+        Self { executor, environment, is_running, held_up }
+    }
+
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.executor.spawn(task);
+    }
+
+    /// Takes its next turns from it.
+    pub(crate) fn hold_up(&self, turns: u64) {
+        self.held_up.set(turns);
+    }
+
+    /// Has a turn in the middle of one of another thread, if there is something to do.
+    pub(crate) fn turn_if_free(&self) {
+        if !self.is_running.get() && self.has_work() {
+            self.clone().turn();
+        }
+    }
+}
+
+impl SimulatedThread for ControlThread {
+    fn has_work(&self) -> bool {
+        !self.environment.is_stopped() && self.executor.has_ready()
+    }
+
+    fn turn(&mut self) {
+        if self.held_up.get() > 0 {
+            self.held_up.set(self.held_up.get() - 1);
+            return;
+        }
+        self.is_running.set(true);
+        self.executor.run_ready();
+        self.is_running.set(false);
+    }
+}
+
 type Working = (Worker<SimulatedEnvironment, ()>, WorkerHandle<SimulatedEnvironment>);
 
 /// A queue thread of the daemon. It begins with the first device.
 #[derive(Clone)]
 pub(crate) struct QueueThread {
     executor: Executor,
+    environment: SimulatedEnvironment,
     /// Whether there is something to do: a kick, or what the last turn has left.
     awake: Rc<Cell<bool>>,
     worker: Rc<RefCell<Option<Working>>>,
@@ -326,9 +380,9 @@ pub(crate) struct QueueThread {
 const MOST_HELD_UP: u64 = 48;
 
 impl QueueThread {
-    pub(crate) fn new(executor: Executor, chance: Chance) -> Self {
+    pub(crate) fn new(executor: Executor, environment: SimulatedEnvironment, chance: Chance) -> Self {
         let (awake, worker, held_up) = Default::default();
-        Self { executor, awake, worker, held_up, chance: Rc::new(RefCell::new(chance)) }
+        Self { executor, environment, awake, worker, held_up, chance: Rc::new(RefCell::new(chance)) }
     }
 
     /// Has a turn in the middle of one of another thread, if there is something to do.
@@ -348,7 +402,7 @@ impl QueueThread {
 
 impl SimulatedThread for QueueThread {
     fn has_work(&self) -> bool {
-        self.worker.borrow().is_some() && (self.awake.get() || self.executor.has_ready())
+        !self.environment.is_stopped() && (self.awake.get() || self.executor.has_ready()) && self.worker.borrow().is_some()
     }
 
     fn turn(&mut self) {
@@ -358,8 +412,10 @@ impl SimulatedThread for QueueThread {
         }
         let mut worker = self.worker.borrow_mut();
         let (worker, _) = worker.as_mut().expect("it has work");
+        // Who kicks in the middle of the turn is heard.
+        self.awake.set(false);
         let is_busy = worker.turn() == Turn::Busy;
-        self.awake.set(is_busy);
+        self.awake.set(is_busy || self.awake.get());
         let chance = &mut *self.chance.borrow_mut();
         if is_busy && chance.happens(1, 2) {
             self.held_up.set(chance.below(MOST_HELD_UP));

@@ -1,7 +1,11 @@
-//! The control thread is held up in the middle of a switch: the views of all members are published, and no queue thread has been told.
+//! Turns of threads are interrupted, and daemons end in the midst of them.
 //!
-//! A fence looks at the clock there. Meanwhile the others have turns, one of them held up as well: a thread that was parked takes requests into
-//! the new views, and one that was running takes them into the old ones. What holds the cut together then is that completions are held.
+//! Whenever a thread looks at the clock, asks the disk for something or makes its catalogue durable, others may have turns before it goes on, as if
+//! it had been held up. Most of all the control thread in the middle of a switch, where a fence looks at the clock: the views of all members are
+//! published, and no queue thread has been told. A thread that was parked takes requests into the new views then, and one that was running takes
+//! them into the old ones. What holds the cut together is that completions are held.
+//!
+//! A daemon that ends at such a moment has its medium and its catalogue as they were then. The turn goes on and changes nothing any more.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak as WeakRc};
@@ -9,12 +13,19 @@ use std::sync::{Arc, Weak};
 
 use snapfence_image_format::stack::Stack;
 use snapfence_image_format::storage::Chance;
-use snapfence_image_format::storage::simulated::{ClockWatch, SimulatedEnvironment, watch_clock};
+use snapfence_image_format::storage::simulated::{Moment, MomentWatch, SimulatedEnvironment, watch_moments};
 
-use super::guest::{Guest, QueueThread, guest_turn};
+use super::guest::{ControlThread, Guest, QueueThread, guest_turn};
+use super::support::CatalogueFile;
 
-/// Turns of the others, at most.
-const MOST_TURNS: u64 = 200;
+/// Turns of the others in the middle of a switch, at most.
+const MOST_IN_SWITCH: u64 = 200;
+/// While the catalogue is being made durable.
+const MOST_IN_SYNC: u64 = 120;
+/// Before an operation.
+const MOST_IN_OPERATION: u64 = 12;
+/// Turns that the control thread does not have after a switch, at most.
+const MOST_HELD_UP: u64 = 100;
 
 /// The stacks whose views are watched, each with where its view was.
 #[derive(Default)]
@@ -50,30 +61,88 @@ impl Watched {
     }
 }
 
-/// Interrupts switches for as long as what it returns lives.
-pub(crate) fn interrupt_switches(
-    environment: &SimulatedEnvironment,
-    watched: Rc<Watched>,
-    threads: Vec<QueueThread>,
-    guest: &Rc<RefCell<Guest>>,
-) -> ClockWatch {
-    let chance = RefCell::new(Chance::new(environment.seed() ^ 0x1_27e2));
-    let (environment, guest): (_, WeakRc<_>) = (environment.clone(), Rc::downgrade(guest));
-    watch_clock(move || {
-        let Some(guest) = guest.upgrade() else { return };
-        let Ok(mut chance) = chance.try_borrow_mut() else { return };
-        if !watched.are_switching() || chance.happens(1, 4) {
+/// Where a daemon ends in the midst of a turn: at such a moment, after so many others.
+pub(crate) type End = (Moment, u64);
+
+/// Everybody who can have a turn while somebody else is interrupted, and what there is to know about that.
+pub(crate) struct Others {
+    pub(crate) environment: SimulatedEnvironment,
+    pub(crate) catalogue: CatalogueFile,
+    pub(crate) control: ControlThread,
+    pub(crate) threads: Vec<QueueThread>,
+    pub(crate) guest: WeakRc<RefCell<Guest>>,
+    pub(crate) watched: Rc<Watched>,
+    pub(crate) end: Cell<Option<End>>,
+}
+
+impl Others {
+    /// Gives them so many turns, the queue thread `held_up` none of the first ones.
+    fn have_turns(&self, chance: &mut Chance, turns: u64, held_up: Option<(usize, u64)>) {
+        let Some(guest) = self.guest.upgrade() else { return };
+        for turn in 0..turns {
+            if self.environment.is_stopped() {
+                break;
+            }
+            match chance.index(self.threads.len() + 3) {
+                0 => drop(self.environment.advance()),
+                1 => guest_turn(&guest),
+                2 => self.control.turn_if_free(),
+                thread if held_up.is_some_and(|(held_up, until)| thread - 3 == held_up && turn < until) => {}
+                thread => self.threads[thread - 3].turn_if_free(),
+            }
+        }
+    }
+
+    /// Ends the daemon if this is where.
+    fn end_at(&self, moment: Moment) -> bool {
+        match self.end.get() {
+            Some((at, 0)) if at == moment => {
+                self.end.set(None);
+                // The medium stays as it is; what comes of it is decided later.
+                drop(self.environment.killed());
+                self.catalogue.end();
+                true
+            }
+            Some((at, others)) if at == moment => {
+                self.end.set(Some((at, others - 1)));
+                false
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Interrupts turns for as long as what it returns lives.
+pub(crate) fn interrupt_turns(others: Others) -> MomentWatch {
+    let chance = RefCell::new(Chance::new(others.environment.seed() ^ 0x1_27e2));
+    watch_moments(move |moment| {
+        let chance = &mut *chance.borrow_mut();
+        if others.environment.is_stopped() || others.end_at(moment) {
             return;
         }
-        let turns = chance.below(MOST_TURNS);
-        let (held_up, until) = (chance.index(threads.len()), chance.below(turns + 1));
-        for turn in 0..turns {
-            match chance.index(threads.len() + 2) {
-                0 => drop(environment.advance()),
-                1 => guest_turn(&guest),
-                thread if turn >= until || thread - 2 != held_up => threads[thread - 2].turn_if_free(),
-                _ => {}
+        match moment {
+            Moment::Clock => {
+                if !others.watched.are_switching() {
+                    return;
+                }
+                if chance.happens(1, 2) {
+                    others.control.hold_up(chance.below(MOST_HELD_UP));
+                }
+                if chance.happens(3, 4) {
+                    let turns = chance.below(MOST_IN_SWITCH);
+                    let held_up = (chance.index(others.threads.len()), chance.below(turns + 1));
+                    others.have_turns(chance, turns, Some(held_up));
+                }
             }
+            Moment::Operation if chance.happens(1, 16) => {
+                let turns = chance.below(MOST_IN_OPERATION);
+                others.have_turns(chance, turns, None);
+            }
+            Moment::Elsewhere if chance.happens(1, 4) => {
+                let turns = chance.below(MOST_IN_SYNC);
+                others.have_turns(chance, turns, None);
+            }
+            Moment::Operation | Moment::Elsewhere => {}
         }
     })
 }

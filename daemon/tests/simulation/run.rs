@@ -11,12 +11,14 @@ use serde_json::{Value, json};
 use snapfence_image_format::chain::Format;
 use snapfence_image_format::qcow2::{CheckOptions, CreateOptions, check};
 use snapfence_image_format::storage::kept::TestKeeper;
-use snapfence_image_format::storage::simulated::{ClockWatch, Fault, FileContent, OperationKind, SimulatedEnvironment, Simulation};
+use snapfence_image_format::storage::simulated::{
+    Fault, FaultEffect, FileContent, Moment, MomentWatch, OperationKind, SimulatedEnvironment, Simulation,
+};
 use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment, Location};
 use snapfence_image_format::units::SECTOR_BYTES;
 
-use super::guest::{DISKS, Guest, Processor, QueueThread, serve};
-use super::interrupt::{Watched, interrupt_switches};
+use super::guest::{ControlThread, DISKS, Guest, Processor, QueueThread, serve};
+use super::interrupt::{End, Others, Watched, interrupt_turns};
 use super::model::SECTORS;
 use super::support::{CatalogueFile, FOLDER, OnServe, World};
 
@@ -34,6 +36,12 @@ const AFTER_SWITCH: u64 = 100;
 const MOST_NAP: u64 = 2000;
 /// Operations that a disk does before it fails, at most.
 const MOST_GOOD: u64 = 60;
+/// Operations before one hangs, and microseconds until it goes on, at most.
+const MOST_BEFORE_HANG: u64 = 40;
+const MOST_HANG: u64 = 20_000;
+/// Halves of syncs of the catalogue, and operations on the disk, after which a daemon ends in the midst of a turn, at most.
+const MOST_SYNCS: u64 = 60;
+const MOST_OPERATIONS: u64 = 600;
 
 /// What one run has come to.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -65,10 +73,27 @@ struct Run {
     failed: Rc<Cell<u64>>,
 }
 
-/// What interrupts a daemon's switches, and counts them.
-struct Interruptions {
-    _watch: ClockWatch,
+/// A daemon's threads.
+struct Threads {
+    simulation: Simulation,
+    control: ControlThread,
+    _interruptions: MomentWatch,
     watched: Rc<Watched>,
+}
+
+impl Threads {
+    /// Runs what must end on the control thread.
+    fn block_on(&mut self, future: impl Future<Output = ()> + 'static) {
+        let has_ended = Rc::new(Cell::new(false));
+        let ended = Rc::clone(&has_ended);
+        self.control.spawn(async move {
+            future.await;
+            ended.set(true);
+        });
+        while !has_ended.get() {
+            assert!(self.simulation.step(), "deadlock, nothing can go on");
+        }
+    }
 }
 
 /// One life of a daemon, as its control thread needs it.
@@ -130,6 +155,9 @@ impl Life {
                 self.world.environment.set_space_limit(Some(0));
             }
             self.world.environment.sleep_until(self.world.environment.now() + nap).await;
+            if !fails {
+                self.let_something_hang();
+            }
             self.snapshot(is_full).await;
             self.world.environment.set_space_limit(None);
         }
@@ -147,6 +175,23 @@ impl Life {
         guest.trace.note(format_args!("the disk will fail: {fault:?}"));
         guest.disk_fails = true;
         self.world.environment.inject(fault);
+    }
+
+    /// Now and then an operation hangs for a while, so that others overtake it that come much later.
+    fn let_something_hang(&self) {
+        let chance = &mut self.guest.borrow_mut().chance;
+        if chance.happens(2, 3) {
+            return;
+        }
+        let kind = [OperationKind::Write, OperationKind::Write, OperationKind::Read, OperationKind::Flush][chance.index(4)];
+        let environment = self.world.environment.clone();
+        environment.inject(Fault::once(kind, chance.below(MOST_BEFORE_HANG)).with(FaultEffect::Hang));
+        let until = environment.now() + Duration::from_micros(chance.below(MOST_HANG));
+        environment.clone().spawn(async move {
+            environment.sleep_until(until).await;
+            environment.clear_faults();
+            environment.release_hung();
+        });
     }
 
     async fn settle(&self) {
@@ -275,20 +320,33 @@ async fn check_image(environment: &SimulatedEnvironment, path: &Path) {
 }
 
 impl Run {
-    /// A daemon and the guest on this disk.
-    fn begin(&self, environment: SimulatedEnvironment) -> (Simulation, Life, Interruptions) {
+    /// A daemon and the guest on this disk. It ends at `end`, if that comes.
+    fn begin(&self, environment: SimulatedEnvironment, end: Option<End>) -> (Threads, Life) {
         let mut simulation = Simulation::on(environment.clone());
-        let threads: Vec<QueueThread> =
-            (0..2).map(|thread| QueueThread::new(simulation.new_executor(), Chance::new(environment.seed() ^ thread))).collect();
+        let control = ControlThread::new(simulation.new_executor(), environment.clone());
+        simulation.add_thread(control.clone());
+        let queue_thread = |number| {
+            let chance = Chance::new(environment.seed() ^ number);
+            QueueThread::new(simulation.new_executor(), environment.clone(), chance)
+        };
+        let threads: Vec<QueueThread> = (0..2).map(queue_thread).collect();
         for thread in &threads {
             simulation.add_thread(thread.clone());
         }
-        simulation.add_thread(Processor(Rc::clone(&self.guest)));
+        simulation.add_thread(Processor(Rc::clone(&self.guest), environment.clone()));
         let (guest, watched) = (Rc::clone(&self.guest), Rc::<Watched>::default());
-        let looked_at = Rc::clone(&watched);
-        let watch = interrupt_switches(&environment, Rc::clone(&watched), threads.clone(), &self.guest);
+        let others = Others {
+            environment: environment.clone(),
+            catalogue: self.catalogue.clone(),
+            control: control.clone(),
+            threads: threads.clone(),
+            guest: Rc::downgrade(&self.guest),
+            watched: Rc::clone(&watched),
+            end: Cell::new(end),
+        };
+        let seen = Rc::clone(&watched);
         let on_serve: OnServe = Rc::new(move |options, stack, domain| {
-            watched.add(stack);
+            seen.add(stack);
             serve(&guest, &threads, options, stack, domain);
         });
         let world = World::start_with(environment, self.catalogue.clone(), &[], Arc::clone(&self.keeper), Some(on_serve));
@@ -301,7 +359,16 @@ impl Run {
             snapshots: Rc::clone(&self.snapshots),
             failed: Rc::clone(&self.failed),
         };
-        (simulation, life, Interruptions { _watch: watch, watched: looked_at })
+        (Threads { simulation, control, _interruptions: interrupt_turns(others), watched }, life)
+    }
+}
+
+/// Whether a daemon ends in the midst of a turn, and where.
+fn end_in_turn(chance: &mut Chance) -> Option<End> {
+    match chance.below(4) {
+        0 => Some((Moment::Elsewhere, chance.below(MOST_SYNCS))),
+        1 => Some((Moment::Operation, chance.below(MOST_OPERATIONS))),
+        _ => None,
     }
 }
 
@@ -321,13 +388,15 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
     let mut outcome = Outcome::default();
     let mut environment = SimulatedEnvironment::new(chance.number());
     {
-        let (mut simulation, life, _watch) = run.begin(environment.clone());
-        simulation.block_on(async move { life.create().await });
+        let (mut threads, life) = run.begin(environment.clone(), None);
+        threads.block_on(async move { life.create().await });
     }
     for _ in 0..1 + chance.below(2) {
-        let (mut simulation, life, watch) = run.begin(environment.clone());
+        let end = end_in_turn(&mut chance);
+        let (mut threads, life) = run.begin(environment.clone(), end);
         let fails = chance.happens(1, 4);
-        simulation.executor().spawn(life.live(1 + chance.below(MOST_ROUNDS), false, fails));
+        run.guest.borrow_mut().churns = chance.happens(1, 3);
+        threads.control.spawn(life.live(1 + chance.below(MOST_ROUNDS), false, fails));
         // Now and then in the middle of the recovery.
         let most = if chance.happens(1, 4) { MOST_STEPS / 10 } else { MOST_STEPS };
         let mut steps = chance.below(most);
@@ -337,13 +406,13 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
         if last_switch.is_some() {
             steps = MOST_STEPS;
         }
-        while steps > 0 && simulation.step() {
+        while steps > 0 && threads.simulation.step() {
             steps -= 1;
-            if last_switch.is_some_and(|last| watch.watched.switches() > last) {
+            if last_switch.is_some_and(|last| threads.watched.switches() > last) {
                 steps = steps.min(after_switch);
             }
         }
-        drop((simulation, watch));
+        drop(threads);
         let guest = &mut *run.guest.borrow_mut();
         guest.wishes = 0;
         if chance.happens(1, 2) || guest.disk_fails {
@@ -362,8 +431,8 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
         }
         guest.trace.note(format_args!("the daemon is gone; unsettled {}, at {:?}", run.unsettled.get(), environment.now()));
     }
-    let (mut simulation, life, _watch) = run.begin(environment.clone());
-    simulation.block_on(async move {
+    let (mut threads, life) = run.begin(environment.clone(), None);
+    threads.block_on(async move {
         life.clone().live(1, true, false).await;
         life.end().await;
     });

@@ -4,10 +4,10 @@
 //! there sector by sector; operations fail, hang and run out of space when a test asks for it. All of it follows from one seed. The clock jumps
 //! to the next event when no thread has anything to do: see [`Simulation`].
 
-mod clock;
 mod crash;
 mod disk;
 mod fault;
+mod moment;
 mod simulation;
 mod space;
 mod world;
@@ -22,8 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-pub use clock::{ClockWatch, watch_clock};
 pub use fault::{Fault, FaultEffect, Operation, OperationKind};
+pub use moment::{Moment, MomentWatch, reach, watch_moments};
 pub use simulation::{SimulatedThread, Simulation};
 pub use space::{CrashSpace, CrashState};
 
@@ -310,6 +310,7 @@ impl SimulatedEnvironment {
     }
 
     async fn perform(&self, action: Action, path: &Path) -> io::Result<Option<(u64, PathBuf)>> {
+        reach(Moment::Operation);
         let slot = lock(&self.world).begin(action, path);
         std::future::poll_fn(|context| slot.poll(context.waker())).await.result
     }
@@ -339,7 +340,10 @@ impl SimulatedFile {
 
     fn transfer(&self, admitted: io::Result<()>, buffer: Buffer, action: impl FnOnce(Buffer) -> Action) -> SimulatedTransfer {
         match admitted {
-            Ok(()) => SimulatedTransfer { slot: lock(&self.environment.world).begin(action(buffer), &self.path), refused: None },
+            Ok(()) => {
+                reach(Moment::Operation);
+                SimulatedTransfer { slot: lock(&self.environment.world).begin(action(buffer), &self.path), refused: None }
+            }
             Err(error) => SimulatedTransfer { slot: Arc::default(), refused: Some((Err(error), buffer)) },
         }
     }
@@ -464,7 +468,7 @@ impl Environment for SimulatedEnvironment {
     }
 
     fn now(&self) -> Duration {
-        clock::look();
+        reach(Moment::Clock);
         lock(&self.world).now
     }
 
