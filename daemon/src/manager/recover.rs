@@ -46,23 +46,42 @@ enum Unclear {
     Cover(#[from] OverlayCause),
 }
 
+/// Each snapshot after those whose overlays it covers. The times at which they were asked for do not tell: the wall clock may have been set back
+/// in between, and an intent that is judged too early is dropped, with what guests have written to its overlay.
+fn in_order_of_layers(mut left: Vec<SnapshotRecord>) -> Vec<SnapshotRecord> {
+    let mut ordered = Vec::with_capacity(left.len());
+    while !left.is_empty() {
+        let covers = |above: &SnapshotRecord, below: &SnapshotRecord| {
+            above.devices.iter().any(|member| below.devices.iter().any(|other| member.frozen.path == other.overlay.path))
+        };
+        let lowest = left.iter().position(|snapshot| !left.iter().any(|other| covers(snapshot, other)));
+        // Records that lead in a circle make no sense in any order.
+        ordered.push(left.remove(lowest.unwrap_or(0)));
+    }
+    ordered
+}
+
 impl<E: Environment, H: Host<E>> Manager<E, H> {
     /// Brings the catalogue to rest after the last run. Call before devices are added.
     ///
     /// # Errors
     /// If the catalogue cannot be read or written.
     pub async fn recover(self: &Rc<Self>) -> Result<(), CatalogueError> {
+        let mut intents = Vec::new();
         for snapshot in self.catalogue.run(|store| store.snapshots()).await? {
             match snapshot.state {
                 SnapshotState::Frozen | SnapshotState::Failed => {}
-                SnapshotState::Intended => self.roll_forward(snapshot).await?,
+                SnapshotState::Intended => intents.push(snapshot),
                 SnapshotState::Switched => {
-                    let name = snapshot.name.clone();
+                    let name = snapshot.name;
                     tracing::warn!(event = "snapshot_incomplete", snapshot = %name, "the last run ended before it was durable; it has failed");
                     let error = "the daemon ended before the snapshot was durable".to_owned();
                     self.catalogue.run(move |store| store.conclude(&name, &[], SnapshotState::Failed, Some(error))).await?;
                 }
             }
+        }
+        for snapshot in in_order_of_layers(intents) {
+            self.roll_forward(snapshot).await?;
         }
         // By now the overlays that devices write to, or may write to, are recorded as such.
         self.clear_all_remains().await

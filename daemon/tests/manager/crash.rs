@@ -22,6 +22,7 @@ use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::storage::Environment;
 use snapfence_image_format::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
 use snapfence_image_format::units::{GuestOffset, SECTOR_BYTES};
+use snapfenced::catalogue::{DeviceTimes, LayerRecord, SnapshotDevice, SnapshotRecord, SnapshotState};
 use snapfenced::manager::DeviceOpenError;
 
 use super::support::{Answer, BLOCK, CatalogueFile, DISK, World};
@@ -474,5 +475,38 @@ fn a_recorded_layer_that_cannot_be_looked_at_might_be_any_file() {
         environment.clear_faults();
         environment.remove(std::path::Path::new("/vm/vda.qcow2")).await.expect("lost");
         serve(&world, "vdb").await.expect("what is not there cannot be written to");
+    });
+}
+
+#[test]
+fn intents_are_rolled_forward_in_the_order_of_their_layers_whatever_the_clock_said() {
+    let mut simulation = Simulation::new(131);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        world.serve_new("vda").await;
+        world.write("vda", 0, 1).await;
+        let base = "/vm/vda.qcow2";
+        let (lower, upper) = ("/vm/vda.late.qcow2", "/vm/vda.early.qcow2");
+        world.create(lower, &CreateOptions::overlay(DISK, "vda.qcow2", "qcow2")).await;
+        world.create(upper, &CreateOptions::overlay(DISK, "vda.late.qcow2", "qcow2")).await;
+        // The daemon ends before the catalogue has either as switched, and in between somebody has set the clock back.
+        let layer = |path: &str| LayerRecord { path: path.into(), format: Format::Qcow2 };
+        for (name, created_us, frozen, overlay) in [("late", 2, base, lower), ("early", 1, lower, upper)] {
+            let member = SnapshotDevice {
+                device: "vda".to_owned(),
+                frozen: layer(frozen),
+                overlay: layer(overlay),
+                created_overlay: true,
+                times: DeviceTimes::default(),
+            };
+            let state = SnapshotState::Intended;
+            let record = SnapshotRecord { name: name.to_owned(), created_us, state, devices: vec![member], error: None };
+            world.manager.catalogue().run(move |store| store.intend(&record, None)).await.expect("a catalogue");
+        }
+        let world = world.restart().await;
+        world.serve(&format!("name=vda,image={base},format=qcow2,socket=/run/vda")).await.expect("served");
+        assert_eq!(world.layers("vda").await, [upper, lower, base]);
+        assert_eq!(world.read("vda", 1).await, [1]);
     });
 }
