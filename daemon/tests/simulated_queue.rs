@@ -16,6 +16,7 @@ use std::sync::mpsc::TryRecvError;
 
 use common::driver::{DATA, Driver, Piece, readable, writable};
 use common::machine::{DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, range};
+use common::queue_thread::QueueThread;
 use common::seed;
 use rustix::event::{EventfdFlags, eventfd};
 use snapfence::protocol::NoSpacePolicy;
@@ -24,38 +25,17 @@ use snapfence_image_format::qcow2::{CreateOptions, OpenOptions, Qcow2};
 use snapfence_image_format::raw::Raw;
 use snapfence_image_format::runtime::Executor;
 use snapfence_image_format::stack::{FenceDomain, FenceOutcome, Stack};
-use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, SimulatedEnvironment, SimulatedThread, Simulation};
+use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, SimulatedEnvironment, Simulation};
 use snapfence_image_format::storage::{Access, CacheMode, Chance, Environment, Location};
 use snapfenced::device::{Device, DeviceOptions};
 use snapfenced::vring::{GuestMemory, InflightLog, InflightQueue, RingFeatures, RingLayout};
-use snapfenced::worker::{QueueHandle, Start, Turn, Worker};
+use snapfenced::worker::{QueueHandle, Start};
 
 const DISK_BYTES: u64 = 1 << 20;
 const QUEUE_SIZE: u16 = 256;
 /// Memory of a request: header, status, and data behind.
 const SLOT_BYTES: u64 = 0x3000;
 const SLOTS: u16 = 64;
-
-/// The thread's loop, as the simulation turns it.
-struct Thread {
-    worker: Worker<SimulatedEnvironment, ()>,
-    executor: Executor,
-    /// Whether the driver has kicked, or the last turn has left something to do.
-    awake: Rc<Cell<bool>>,
-}
-
-impl SimulatedThread for Thread {
-    fn has_work(&self) -> bool {
-        self.awake.get() || self.executor.has_ready()
-    }
-
-    fn turn(&mut self) {
-        self.awake.set(false);
-        if self.worker.turn() == Turn::Busy {
-            self.awake.set(true);
-        }
-    }
-}
 
 struct Setting {
     simulation: Simulation,
@@ -116,10 +96,9 @@ impl Setting {
         let options =
             DeviceOptions { name: "vda".into(), serial: String::new(), read_only: false, queues: 1, queue_size: QUEUE_SIZE, on_no_space };
         let device = Device::new(options, stack).expect("good options");
-        let executor = Executor::new(NoUnpark);
-        let (worker, handle) = Worker::new(executor.clone(), (), &domain);
-        let awake = Rc::new(Cell::new(true));
-        simulation.add_thread(Thread { worker, executor, awake: Rc::clone(&awake) });
+        let awake = Rc::default();
+        let (thread, handle) = QueueThread::new(Executor::new(NoUnpark), &domain, &awake);
+        simulation.add_thread(thread);
         let queue = handle.attach(&device, 0);
         let driver = Driver::new(QUEUE_SIZE, 0);
         let mut setting = Self { simulation, environment, domain, device, queue, driver, awake };

@@ -5,6 +5,7 @@ pub(crate) mod daemon;
 #[path = "../../src/vring/driver.rs"]
 pub(crate) mod driver;
 pub(crate) mod machine;
+pub(crate) mod queue_thread;
 
 use std::future::Future;
 use std::os::fd::OwnedFd;

@@ -208,6 +208,7 @@ impl CatalogueFile {
     }
 
     /// The daemon ends here, whatever it goes on to write.
+    #[allow(dead_code, reason = "the simulation uses it")]
     pub(crate) fn end(&self) {
         self.change(Bytes::end);
     }

@@ -14,11 +14,12 @@ use snapfence_image_format::storage::simulated::{SimulatedEnvironment, Simulated
 use snapfence_image_format::units::SECTOR_BYTES;
 use snapfenced::device::{Device, DeviceOptions};
 use snapfenced::vring::{InflightLog, RingFeatures, RingLayout};
-use snapfenced::worker::{QueueHandle, Start, Turn, Worker, WorkerHandle};
+use snapfenced::worker::{QueueHandle, Start, WorkerHandle};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::driver::{Driver, NEXT, Piece, readable, writable};
 use super::model::{End, Model, cluster, filled, range};
+use super::queue_thread;
 use super::support::Answer;
 
 pub(crate) const DISKS: [&str; 2] = ["vda", "vdb"];
@@ -361,9 +362,9 @@ impl SimulatedThread for ControlThread {
     }
 }
 
-type Working = (Worker<SimulatedEnvironment, ()>, WorkerHandle<SimulatedEnvironment>);
+type Working = (queue_thread::QueueThread, WorkerHandle<SimulatedEnvironment>);
 
-/// A queue thread of the daemon. It begins with the first device.
+/// A queue thread of the daemon that begins with the first device, and is held up at times.
 #[derive(Clone)]
 pub(crate) struct QueueThread {
     executor: Executor,
@@ -394,7 +395,7 @@ impl QueueThread {
 
     fn attach(&self, device: &Arc<Device<SimulatedEnvironment>>, index: u16, domain: &Arc<FenceDomain>) -> QueueHandle {
         let mut worker = self.worker.borrow_mut();
-        let (_, handle) = worker.get_or_insert_with(|| Worker::new(self.executor.clone(), (), domain));
+        let (_, handle) = worker.get_or_insert_with(|| queue_thread::QueueThread::new(self.executor.clone(), domain, &self.awake));
         self.awake.set(true);
         handle.attach(device, index)
     }
@@ -402,7 +403,7 @@ impl QueueThread {
 
 impl SimulatedThread for QueueThread {
     fn has_work(&self) -> bool {
-        !self.environment.is_stopped() && (self.awake.get() || self.executor.has_ready()) && self.worker.borrow().is_some()
+        !self.environment.is_stopped() && self.worker.borrow().as_ref().is_some_and(|(thread, _)| thread.has_work())
     }
 
     fn turn(&mut self) {
@@ -411,11 +412,9 @@ impl SimulatedThread for QueueThread {
             return;
         }
         let mut worker = self.worker.borrow_mut();
-        let (worker, _) = worker.as_mut().expect("it has work");
-        // Who kicks in the middle of the turn is heard.
-        self.awake.set(false);
-        let is_busy = worker.turn() == Turn::Busy;
-        self.awake.set(is_busy || self.awake.get());
+        let (thread, _) = worker.as_mut().expect("it has work");
+        thread.turn();
+        let is_busy = self.awake.get();
         let chance = &mut *self.chance.borrow_mut();
         if is_busy && chance.happens(1, 2) {
             self.held_up.set(chance.below(MOST_HELD_UP));

@@ -17,6 +17,8 @@ mod driver;
 mod guest;
 mod interrupt;
 mod model;
+#[path = "../common/queue_thread.rs"]
+mod queue_thread;
 mod run;
 #[path = "../manager/support.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]

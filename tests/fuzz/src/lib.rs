@@ -16,6 +16,8 @@ mod source;
 pub mod vhost_user;
 pub mod virtqueue;
 
+#[path = "../../../daemon/tests/common/queue_thread.rs"]
+mod queue_thread;
 #[allow(dead_code, reason = "it serves the tests of the manager as well")]
 #[path = "../../../daemon/tests/manager/support.rs"]
 mod support;

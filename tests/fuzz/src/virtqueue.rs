@@ -14,16 +14,16 @@ use rustix::fd::OwnedFd;
 use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::raw::Raw;
-use snapfence_image_format::runtime::Executor;
 use snapfence_image_format::stack::{FenceDomain, Stack};
-use snapfence_image_format::storage::simulated::{SimulatedEnvironment, SimulatedThread, Simulation};
+use snapfence_image_format::storage::simulated::Simulation;
 use snapfence_image_format::storage::{Access, CacheMode, Environment, Location};
 use snapfenced::device::{Device, DeviceOptions};
 use snapfenced::vring::{EventDescriptor, GuestMemory, RingFeatures, RingLayout, Signal};
-use snapfenced::worker::{QueueHandle, Start, Turn, Worker};
+use snapfenced::worker::{QueueHandle, Start};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::queue_thread::QueueThread;
 use crate::source::Source;
 
 const DISK_BYTES: usize = 64 << 10;
@@ -92,23 +92,6 @@ thread_local! {
     static ALARM: Rc<Alarm> = Rc::new(Alarm::new());
 }
 
-/// The thread's loop, as the simulation turns it.
-struct Thread {
-    worker: Worker<SimulatedEnvironment, ()>,
-    executor: Executor,
-    awake: Rc<Cell<bool>>,
-}
-
-impl SimulatedThread for Thread {
-    fn has_work(&self) -> bool {
-        self.awake.get() || self.executor.has_ready()
-    }
-
-    fn turn(&mut self) {
-        self.awake.set(self.worker.turn() == Turn::Busy);
-    }
-}
-
 /// A change that is to come before a load of the device.
 struct Change {
     loads: u8,
@@ -171,10 +154,9 @@ impl Machine {
             on_no_space: NoSpacePolicy::Report,
         };
         let device = Device::new(options, stack).expect("good options");
-        let executor = simulation.new_executor();
-        let (worker, handle) = Worker::new(executor.clone(), (), &domain);
-        let awake = Rc::new(Cell::new(true));
-        simulation.add_thread(Thread { worker, executor, awake: Rc::clone(&awake) });
+        let awake = Rc::default();
+        let (thread, handle) = QueueThread::new(simulation.new_executor(), &domain, &awake);
+        simulation.add_thread(thread);
         let queue = handle.attach(&device, 0);
         let alarm = ALARM.with(Rc::clone);
         // What was signalled in the run before, if anything was.

@@ -3,8 +3,10 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+type Watcher = Rc<dyn Fn(Moment)>;
+
 thread_local! {
-    static WATCHER: RefCell<Option<Rc<dyn Fn(Moment)>>> = const { RefCell::new(None) };
+    static WATCHER: RefCell<Option<Watcher>> = const { RefCell::new(None) };
 }
 
 /// What a thread is about to do.
