@@ -1,0 +1,129 @@
+//! A daemon that runs out of descriptors while it serves a disk: what needs more is refused and says so, the guest goes on, and
+//! with the limit gone everything is as before.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::daemon::Daemon;
+use common::machine::{Data, FLUSH, IN, Link, Machine, OUT};
+use common::{check_clean, make_qcow2};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use serde_json::json;
+use snapfence::client::Client;
+use snapfence_image_format::qcow2::CreateOptions;
+
+const DISK_BYTES: u64 = 16 << 20;
+const BLOCK: usize = 4096;
+
+/// A daemon with a disk, a guest, and a client that were there before it became poor.
+struct Setting {
+    directory: tempfile::TempDir,
+    daemon: Daemon,
+    client: Client,
+    machine: Machine,
+    _link: Link,
+    written: u8,
+}
+
+impl Setting {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| directory.path().join(name);
+        make_qcow2(&path("vda.qcow2"), CreateOptions::standalone(DISK_BYTES));
+        make_qcow2(&path("vdb.qcow2"), CreateOptions::standalone(DISK_BYTES));
+        let device = format!("name=vda,image={},format=qcow2,socket={}", path("vda.qcow2").display(), path("vda.sock").display());
+        let daemon = Daemon::start(directory.path(), &[device]);
+        let client = daemon.client();
+        let machine = Machine::new(1);
+        let link = machine.connect(&path("vda.sock"));
+        let mut setting = Self { directory, daemon, client, machine, _link: link, written: 0 };
+        setting.guest_goes_on();
+        setting
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn limit(&self, resource: Resource, current: Option<u64>) {
+        let process = Pid::from_raw(i32::try_from(self.daemon.id()).expect("small")).expect("a process");
+        // Which it has from us, and which only root may raise.
+        let maximum = getrlimit(resource).maximum;
+        prlimit(Some(process), resource, Rlimit { current: current.or(maximum), maximum }).expect("our child");
+    }
+
+    fn guest_goes_on(&mut self) {
+        let queue = &mut self.machine.queues[0];
+        self.written += 1;
+        let block = usize::from(self.written);
+        let sector = (block * BLOCK / 512) as u64;
+        assert_eq!(queue.request(OUT, sector, Data::Out(&[self.written; BLOCK])).status, 0);
+        assert_eq!(queue.request(FLUSH, 0, Data::None).status, 0);
+        for block in 1..=self.written {
+            let sector = u64::from(block) * (BLOCK / 512) as u64;
+            assert_eq!(queue.request(IN, sector, Data::In(BLOCK)).status, 0);
+            assert!(queue.data(0, BLOCK) == [block; BLOCK], "block {block}");
+        }
+    }
+
+    /// Asks for a snapshot, a device, and a connection. What came of the first two: nothing, or why not.
+    fn ask(&mut self, name: &str) -> Vec<String> {
+        let snapshot = json!({ "name": name, "devices": [{ "device": "vda" }] });
+        let added = json!({ "name": "vdb", "image": self.path("vdb.qcow2"), "format": "qcow2", "socket": self.path("vdb.sock") });
+        let mut refusals = Vec::new();
+        for (command, arguments) in [("snapshot-create", snapshot), ("device-add", added)] {
+            match self.client.execute(command, arguments) {
+                Err(error) => refusals.push(error.to_string()),
+                Ok(_) if command == "device-add" => drop(self.client.execute("device-remove", json!({ "name": "vdb" })).expect("removed")),
+                Ok(_) => {}
+            }
+        }
+        // Whoever comes now may be refused.
+        drop(Client::connect(&self.daemon.control()));
+        self.guest_goes_on();
+        refusals
+    }
+
+    /// With the limit gone.
+    fn end(mut self) {
+        let asked = self.ask("last");
+        assert!(asked.is_empty(), "{asked:?}");
+        self.daemon.client().execute("device-list", json!({})).expect("an answer");
+        let stack = self.client.execute("stack-show", json!({ "device": "vda" })).expect("a stack");
+        let layers: Vec<_> = stack["layers"].as_array().expect("a list").iter().map(|layer| layer["file"].clone()).collect();
+        let Self { directory, daemon, client, .. } = self;
+        drop(client);
+        daemon.stop();
+        for layer in &layers {
+            check_clean(Path::new(layer.as_str().expect("a path")));
+        }
+        let images = std::fs::read_dir(directory.path()).expect("a directory").filter_map(Result::ok).map(|entry| entry.path());
+        let images: Vec<_> = images.filter(|path| path.extension().is_some_and(|extension| extension == "qcow2")).collect();
+        assert_eq!(images.len(), layers.len() + 1, "an overlay that no device has: {images:?}");
+    }
+}
+
+/// All refusals under limits that leave room for so much more.
+fn starve(setting: &mut Setting, resource: Resource, rooms: impl Iterator<Item = u64>) -> Vec<String> {
+    let mut refusals = Vec::new();
+    for (number, limit) in rooms.enumerate() {
+        setting.limit(resource, Some(limit));
+        refusals.extend(setting.ask(&format!("s{number}")));
+        setting.limit(resource, None);
+    }
+    for refusal in &refusals {
+        println!("{refusal}");
+    }
+    refusals
+}
+
+#[test]
+fn a_daemon_without_descriptors_says_so_and_goes_on() {
+    let mut setting = Setting::new();
+    let used = setting.daemon.descriptors() as u64;
+    // Snapshots that succeed take some for good.
+    let refusals = starve(&mut setting, Resource::Nofile, (used..used + 30).step_by(2));
+    assert!(refusals.len() > 4 && refusals.iter().all(|refusal| refusal.contains("Too many open files")), "{refusals:#?}");
+    setting.end();
+}
