@@ -58,10 +58,11 @@ try() {
 
 rm -rf "$output/mutants.out" "$output/mutants.out.old" "$output/first"
 # Left out are tests that take long and look at other code: our check, io_uring, what a killed process leaves in a cache.
-SNAPFENCE_SEEDS=200 try 60 -- --lib --test handshake_shuttle -- --skip storage:: --skip qcow2::check
+SNAPFENCE_SEEDS=200 try 60 -C--lib -C--test=handshake_shuttle -C--test=qcow2 -- -- --skip storage:: --skip qcow2::check \
+	--skip random:: --skip killed:: --skip torn:: --skip grow:: --skip threads::
 cp -r "$output/mutants.out" "$output/first"
 if [ -s "$output/first/missed.txt" ]; then
-	SNAPFENCE_SEEDS=10 SNAPFENCE_LENGTH=1 try 300 --iterate -- --test crash_states --test model --test qcow2 --test stack_raw -- \
+	SNAPFENCE_SEEDS=10 SNAPFENCE_LENGTH=1 try 300 --iterate -C--test=crash_states -C--test=model -C--test=qcow2 -C--test=stack_raw -- -- \
 		--skip a_seed_repeats_to_the_byte --skip killed:: --skip tables_written_over_others
 fi
 

@@ -68,3 +68,25 @@ pub(super) fn end_reservation(clusters: &mut HashMap<GuestCluster, Busy>, cluste
     }
     clusters.remove(&cluster).and_then(|busy| busy.fresh)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_is_busy_until_its_last_reservation_ends() {
+        let table = BusyTable::default();
+        let (cluster, other) = (GuestCluster(3), GuestCluster(4));
+        assert!(std::ptr::eq(table.shard(cluster), table.shard(cluster)) && !std::ptr::eq(table.shard(cluster), table.shard(other)));
+        let fresh = Fresh { host: HostOffset::new(0x5_0000), reads_zero: true };
+        let mut clusters = table.shard(cluster).lock();
+        clusters.insert(cluster, Busy { mask: 0b111, holders: 2, fresh: Some(fresh) });
+        assert_eq!(end_reservation(&mut clusters, cluster, 0b011), None);
+        assert_eq!(clusters.get(&cluster).map(|busy| (busy.mask, busy.holders, busy.fresh)), Some((0b100, 1, Some(fresh))));
+        assert_eq!(end_reservation(&mut clusters, cluster, 0b100), Some(fresh));
+        assert!(clusters.is_empty());
+        clusters.insert(cluster, Busy { mask: 1, holders: 1, fresh: None });
+        assert_eq!(end_reservation(&mut clusters, cluster, 1), None, "the mapping points to its place");
+        assert!(clusters.is_empty());
+    }
+}

@@ -170,3 +170,45 @@ impl<E: Environment> Inner<E> {
         self.rounds.admit()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::qcow2::{CreateOptions, OpenOptions};
+    use crate::storage::{Access, CacheMode, Location, MemoryEnvironment};
+
+    #[test]
+    fn every_phase_is_seen_as_it_was_set() {
+        for phase in [Phase::Writing, Phase::Freezing, Phase::ReadOnly] {
+            let cell = PhaseCell::new(Phase::Writing);
+            cell.set(phase);
+            assert_eq!((cell.get(), PhaseCell::new(phase).get()), (phase, phase));
+        }
+    }
+
+    /// Whether the first and the last table of a warm image of so many bytes are there before anything is written.
+    fn warm_tables(virtual_size: u64) -> [bool; 2] {
+        let environment = MemoryEnvironment::new();
+        let inner = environment.clone();
+        environment.block_on(async move {
+            let at = Location::Trusted(Path::new("/a.qcow2").to_owned());
+            let file = inner.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+            Qcow2::<MemoryEnvironment>::create(&file, &CreateOptions::standalone(virtual_size)).await.expect("created");
+            let image = Qcow2::<MemoryEnvironment>::open(file, OpenOptions::writing()).await.expect("opens");
+            image.warm().await.expect("space");
+            let last = u32::try_from(image.inner.format.geometry.l1_entries(virtual_size) - 1).expect("a small table");
+            [0, last].map(|index| image.inner.l1().table(index).is_some())
+        })
+    }
+
+    #[test]
+    fn all_tables_of_a_warm_image_are_made_ahead_unless_they_take_too_much() {
+        // A table of 64 KiB stands for 512 MiB of the disk.
+        let limit = WARM_TABLE_BYTES / 65_536 * (512 << 20);
+        assert_eq!(limit, 128 << 30);
+        assert_eq!(warm_tables(limit), [true, true]);
+        assert_eq!(warm_tables(limit + 65_536), [false, false]);
+    }
+}

@@ -12,6 +12,8 @@ mod grow;
 mod map;
 mod read;
 mod retire;
+#[cfg(test)]
+mod retire_tests;
 mod settle;
 mod write;
 
