@@ -159,10 +159,12 @@ fn a_flood_of_control_requests_takes_nothing_from_the_disk() {
     let (stop, count) = (AtomicBool::new(false), AtomicU64::new(0));
     let control = daemon.control();
     let mut client = daemon.client();
+    // Before the flood, which may take all connections that there are.
+    let clients: Vec<Client> = (0..FLOODERS).map(|_| daemon.client()).collect();
     let flooded = std::thread::scope(|scope| {
         let _stop = Stop(&stop);
-        for kind in 0..FLOODERS {
-            let (control, client, stop, count) = (&control, daemon.client(), &stop, &count);
+        for (kind, client) in clients.into_iter().enumerate() {
+            let (control, stop, count) = (&control, &stop, &count);
             scope.spawn(move || flood(control, client, kind, stop, count));
         }
         let snapshots = scope.spawn(|| {
