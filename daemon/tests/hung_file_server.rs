@@ -59,6 +59,21 @@ impl FileServer {
         mounts.contains(self.place.to_str().expect("a plain name"))
     }
 
+    /// Stops all of its threads: what one of them has taken from the kernel before it stops cannot even be killed.
+    fn stop(&self) {
+        self.signal(Signal::STOP);
+        let deadline = Instant::now() + PATIENCE;
+        let tasks = format!("/proc/{}/task", self.process.id());
+        let has_stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.expect("a thread").path().join("stat")).expect("a living thread");
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        };
+        while !std::fs::read_dir(&tasks).expect("threads").all(has_stopped) {
+            assert!(Instant::now() < deadline, "the server does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.process), signal).expect("a living process");
     }
@@ -111,7 +126,7 @@ impl Setting {
 
     /// Stops the server, and sends requests that it keeps.
     fn hang(&mut self) {
-        self.server.signal(Signal::STOP);
+        self.server.stop();
         for slot in HANGING {
             match slot % 4 {
                 0 => self.hung.queues[0].submit(slot, FLUSH, 0, Data::None),
