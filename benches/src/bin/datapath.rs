@@ -2,7 +2,7 @@
 //! io_uring, and nothing that waits.
 //!
 //! `datapath KIND COUNT` serves COUNT requests of 4 KiB, [`BATCH`] at a time, on a disk in /dev/shm, where the kernel completes a transfer within the
-//! system call. All that serving takes of this process happens in [`serve`], so that `valgrind --tool=callgrind --toggle-collect='*serve*'` counts
+//! system call. All that serving takes of this process happens in [`serve`], so that `valgrind --tool=callgrind --toggle-collect='*datapath*serve*'` counts
 //! it and nothing else; the difference between two COUNTs leaves the start out. `tests/instructions.rs` does so.
 
 use std::future::Future;

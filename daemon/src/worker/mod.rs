@@ -88,11 +88,11 @@ impl<E: Environment, D: Doorbells> Worker<E, D> {
         (worker, handle)
     }
 
-    /// Works and, if nothing is left to do, rests.
+    /// Works or, if there was nothing to do, rests.
     pub fn turn(&mut self) -> Turn {
         match self.work() {
-            Turn::Ended => Turn::Ended,
-            Turn::Busy | Turn::Idle => self.rest(),
+            Turn::Idle => self.rest(),
+            other => other,
         }
     }
 

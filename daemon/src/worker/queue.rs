@@ -99,7 +99,7 @@ struct Running<B> {
     /// The memory table has no place for the ring. Nothing is taken before another one has: front-ends change a region by removing and adding it.
     is_unmapped: bool,
     /// A task waits for the device's stragglers, and will wake the worker.
-    is_awaiting_stragglers: bool,
+    is_awaiting_stragglers: Rc<Cell<bool>>,
     /// Whether a chain of this ring has been reported as malformed. The rest is for those who debug: a guest must not fill the log.
     has_complained: bool,
 }
@@ -159,6 +159,12 @@ enum Flow {
 
 impl<B> Drop for Running<B> {
     fn drop(&mut self) {
+        // Whatever ends the ring, the driver hears of what was given back.
+        if self.is_call_due
+            && let Some(call) = &self.call
+        {
+            call.raise();
+        }
         self.ledger.is_closed.set(true);
         self.ledger.stragglers.add(self.in_flight - self.ledger.ended.borrow().len());
         self.ledger.changed.notify_all();
@@ -199,11 +205,6 @@ impl<B> Running<B> {
                 .collect::<Vec<_>>(),
         );
         self.is_call_due |= self.ring.publish(&batch);
-        if self.is_call_due
-            && let Some(call) = &self.call
-        {
-            call.raise();
-        }
     }
 }
 
@@ -349,7 +350,7 @@ impl<E: Environment, B> Queue<E, B> {
             memory_in_use: Rc::new(()),
             memories_before: Vec::new(),
             is_unmapped: false,
-            is_awaiting_stragglers: false,
+            is_awaiting_stragglers: Rc::default(),
             has_complained: false,
         }));
         tell(answer, Ok(()));
@@ -364,16 +365,18 @@ impl<E: Environment, B> Queue<E, B> {
         }
         let stragglers = self.device.stragglers();
         if stragglers.count() > 0 {
-            if !std::mem::replace(&mut running.is_awaiting_stragglers, true) {
+            if !running.is_awaiting_stragglers.replace(true) {
                 let (device, queue, count) = (self.device.name(), self.index, stragglers.count());
                 warn!(event = "requests_awaited", device, queue, count, "nothing is taken before requests have ended that were given up");
-                let stragglers = Arc::clone(stragglers);
+                let (stragglers, is_awaiting) = (Arc::clone(stragglers), Rc::clone(&running.is_awaiting_stragglers));
                 // Its end wakes this worker, whose next turn looks again.
-                executor.spawn(async move { stragglers.gone().await });
+                executor.spawn(async move {
+                    stragglers.gone().await;
+                    is_awaiting.set(false);
+                });
             }
             return 0;
         }
-        running.is_awaiting_stragglers = false;
         match running.ring.waiting() {
             Ok(0) => return 0,
             Ok(_) => running.ring.suppress_kicks(),
@@ -423,7 +426,7 @@ impl<E: Environment, B> Queue<E, B> {
             };
             executor.spawn(request.run());
         }
-        running.goes_on = running.ring.left_to_take() > 0;
+        running.goes_on = running.ring.left_to_take() > 0 && !running.is_full();
         MAX_TAKEN_AT_ONCE
     }
 
@@ -479,8 +482,12 @@ impl<E: Environment, B> Queue<E, B> {
     pub(super) fn ask_for_kick(&mut self) -> bool {
         let State::Running(running) = &mut self.state else { return false };
         // A ring that may not be taken from needs no kicks; a full one goes on when something has ended.
-        if !running.is_open() || running.is_full() || self.device.stragglers().count() > 0 {
+        if !running.is_open() || running.is_full() {
             return false;
+        }
+        if self.device.stragglers().count() > 0 {
+            // Their end wakes the worker if somebody waits for it; else the next turn sees to that.
+            return !running.is_awaiting_stragglers.get();
         }
         match running.ring.ask_for_kick() {
             Ok(waiting) => waiting,
@@ -498,6 +505,7 @@ impl<E: Environment, B> Queue<E, B> {
         if let Some(error) = &running.error {
             error.raise();
         }
+        running.goes_on = false;
         running.flow = match std::mem::replace(&mut running.flow, Flow::Enabled) {
             Flow::Enabled => Flow::Broken(Vec::new()),
             Flow::Disabled(waiting) | Flow::Broken(waiting) => Flow::Broken(waiting),

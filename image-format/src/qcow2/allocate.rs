@@ -348,7 +348,7 @@ impl<E: Environment> Inner<E> {
             left => wanted.min(left),
         };
         loop {
-            match self.append_clusters(clusters, turn).await {
+            match self.append_clusters(clusters, clusters, turn).await {
                 Ok(first) => {
                     let mut allocator = self.allocator();
                     let reads_zero = first.0 >= allocator.zero_from;
@@ -363,8 +363,9 @@ impl<E: Environment> Inner<E> {
         }
     }
 
-    /// Adds `clusters` adjacent clusters, not counted yet, after all others; their refcount blocks are in memory afterwards.
-    pub(super) async fn append_clusters(&self, clusters: u64, turn: &TurnGuard<'_>) -> Result<HostCluster, LayerError> {
+    /// Adds `clusters` adjacent clusters, not counted yet, after all others, of which the last `data` are not for metadata; their refcount blocks are
+    /// in memory afterwards.
+    pub(super) async fn append_clusters(&self, clusters: u64, data: u64, turn: &TurnGuard<'_>) -> Result<HostCluster, LayerError> {
         let geometry = self.format.geometry;
         let (appended, plan, limit, zero_from) = {
             let allocator = self.allocator();
@@ -383,7 +384,7 @@ impl<E: Environment> Inner<E> {
             self.load_refcounts(index, turn).await?;
         }
         self.check_free(appended.start..appended.end.min(zero_from))?;
-        self.extend(appended.clone(), appended.end - clusters).await?;
+        self.extend(appended.clone(), appended.end - data).await?;
         let mut allocator = self.allocator();
         let (first, metadata) = allocator.refcounts.append(appended.start, plan);
         allocator.end = appended.end;

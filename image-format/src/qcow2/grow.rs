@@ -145,7 +145,7 @@ impl<E: Environment> Inner<E> {
         }
         let turn = self.refcount_turn.take().await;
         let clusters = geometry.clusters(entries as u64 * 8);
-        let first = self.append_clusters(clusters, &turn).await?;
+        let first = self.append_clusters(clusters, 0, &turn).await?;
         self.allocator().refcounts.set_all(first.0..first.0 + clusters, 1);
         self.metadata_mut().add(first.0..first.0 + clusters);
         let between = self.l1_mut().move_to(geometry.host_offset(first), entries);

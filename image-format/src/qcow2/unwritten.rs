@@ -357,7 +357,7 @@ impl<E: Environment> Inner<E> {
             let (index, _) = geometry.locate_refcount(cluster);
             if self.allocator().refcounts.block_state(index) == BlockState::Missing {
                 // The table has room for it afterwards, as it comes before the end.
-                let at = self.append_clusters(1, &turn).await?;
+                let at = self.append_clusters(1, 0, &turn).await?;
                 let mut allocator = self.allocator();
                 // Appending may have made just this block.
                 if allocator.refcounts.block_state(index) == BlockState::Missing {

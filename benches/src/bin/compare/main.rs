@@ -3,7 +3,7 @@
 //! For each medium, image, pattern and depth all contestants are measured in short blocks, forwards and backwards in turn (A B C C B A ...), so that
 //! what the machine does meanwhile hits them alike; what counts are the medians of their blocks, and the ratios of these, with intervals from
 //! resampling. The load generator has the first processor and the servers the second one, if there are two. Blocks during which the hypervisor
-//! took the processors away are dropped, and counted.
+//! took the processors away are counted, and dropped unless most are like that.
 
 mod contestant;
 mod machine;
@@ -63,9 +63,9 @@ struct Entry {
     cpu_us: Option<f64>,
     /// Requests a second beside those of snapfence: snapfence's divided by these.
     snapfence_ratio: Option<Ratio>,
-    /// Blocks that counted, and that were dropped.
+    /// Blocks that counted, and those that were disturbed, which count only where more than half were.
     blocks: usize,
-    dropped: usize,
+    disturbed: usize,
 }
 
 /// One cell of the table.
@@ -195,7 +195,7 @@ fn measure(
             snapfence_ratio: (contestant.kind() != contestants[0].kind())
                 .then(|| ratio(&ours, &kept.iter().map(|block| block.iops).collect::<Vec<_>>())),
             blocks: kept.len(),
-            dropped: all.len() - kept.len(),
+            disturbed: all.iter().filter(|block| block.is_disturbed).count(),
         })
         .collect();
     Ok(Cell { medium, image, rw, iodepth, entries })

@@ -54,7 +54,7 @@ fn bars(page: &mut String, cell: &Cell) {
     }
     page.push_str(
         "</svg>\n<table><tr><th></th><th>requests/s</th><th>p50 &micro;s</th><th>p99 &micro;s</th><th>CPU &micro;s a request</th>\
-         <th>snapfence is</th><th>blocks (dropped)</th></tr>\n",
+         <th>snapfence is</th><th>blocks (disturbed)</th></tr>\n",
     );
     for entry in &cell.entries {
         let cpu = entry.cpu_us.map_or_else(|| "&ndash;".to_owned(), |cpu| format!("{cpu:.2}"));
@@ -67,7 +67,7 @@ fn bars(page: &mut String, cell: &Cell) {
             entry.p50_us,
             entry.p99_us,
             entry.blocks,
-            entry.dropped
+            entry.disturbed
         );
     }
     page.push_str("</table>\n");

@@ -112,7 +112,7 @@ impl UringFile {
         };
         let mut flags = rustix::fs::fcntl_getfl(&fd)?;
         // O_NONBLOCK, which kept the opening of a FIFO from blocking, would make the ring give up instead of waiting for the medium. A file in
-        // memory needs no waiting, but does not say so: without the flag the ring has each transfer done by another thread.
+        // memory needs no waiting, but does not say so: without the flag the ring has each transfer done by another thread (since Linux 6.5).
         flags.set(OFlags::NONBLOCK, medium == Medium::Memory && kind == Kind::Regular);
         flags.set(OFlags::DIRECT, direct.is_some());
         let direct = match rustix::fs::fcntl_setfl(&fd, flags) {
