@@ -362,8 +362,6 @@ impl SimulatedThread for ControlThread {
     }
 }
 
-type Working = (queue_thread::QueueThread, WorkerHandle<SimulatedEnvironment>);
-
 /// A queue thread of the daemon that begins with the first device, and is held up at times.
 #[derive(Clone)]
 pub(crate) struct QueueThread {
@@ -371,7 +369,9 @@ pub(crate) struct QueueThread {
     environment: SimulatedEnvironment,
     /// Whether there is something to do: a kick, or what the last turn has left.
     awake: Rc<Cell<bool>>,
-    worker: Rc<RefCell<Option<Working>>>,
+    /// Borrowed while it has a turn.
+    thread: Rc<RefCell<Option<queue_thread::QueueThread>>>,
+    worker: Rc<RefCell<Option<WorkerHandle<SimulatedEnvironment>>>>,
     /// Turns that it does not have, although it has work and has loaded its views.
     held_up: Rc<Cell<u64>>,
     chance: Rc<RefCell<Chance>>,
@@ -382,28 +382,32 @@ const MOST_HELD_UP: u64 = 48;
 
 impl QueueThread {
     pub(crate) fn new(executor: Executor, environment: SimulatedEnvironment, chance: Chance) -> Self {
-        let (awake, worker, held_up) = Default::default();
-        Self { executor, environment, awake, worker, held_up, chance: Rc::new(RefCell::new(chance)) }
+        let (awake, thread, worker, held_up) = Default::default();
+        Self { executor, environment, awake, thread, worker, held_up, chance: Rc::new(RefCell::new(chance)) }
     }
 
     /// Has a turn in the middle of one of another thread, if there is something to do.
     pub(crate) fn turn_if_free(&self) {
-        if self.worker.try_borrow_mut().is_ok() && self.has_work() {
+        if self.thread.try_borrow_mut().is_ok() && self.has_work() {
             self.clone().turn();
         }
     }
 
     fn attach(&self, device: &Arc<Device<SimulatedEnvironment>>, index: u16, domain: &Arc<FenceDomain>) -> QueueHandle {
         let mut worker = self.worker.borrow_mut();
-        let (_, handle) = worker.get_or_insert_with(|| queue_thread::QueueThread::new(self.executor.clone(), domain, &self.awake));
+        let worker = worker.get_or_insert_with(|| {
+            let (thread, worker) = queue_thread::QueueThread::new(self.executor.clone(), domain, &self.awake);
+            *self.thread.borrow_mut() = Some(thread);
+            worker
+        });
         self.awake.set(true);
-        handle.attach(device, index)
+        worker.attach(device, index)
     }
 }
 
 impl SimulatedThread for QueueThread {
     fn has_work(&self) -> bool {
-        !self.environment.is_stopped() && self.worker.borrow().as_ref().is_some_and(|(thread, _)| thread.has_work())
+        !self.environment.is_stopped() && self.thread.borrow().as_ref().is_some_and(SimulatedThread::has_work)
     }
 
     fn turn(&mut self) {
@@ -411,9 +415,7 @@ impl SimulatedThread for QueueThread {
             self.held_up.set(self.held_up.get() - 1);
             return;
         }
-        let mut worker = self.worker.borrow_mut();
-        let (thread, _) = worker.as_mut().expect("it has work");
-        thread.turn();
+        self.thread.borrow_mut().as_mut().expect("it has work").turn();
         let is_busy = self.awake.get();
         let chance = &mut *self.chance.borrow_mut();
         if is_busy && chance.happens(1, 2) {
