@@ -464,6 +464,26 @@ mod tests {
     use crate::storage::simulated::{SimulatedEnvironment, Simulation};
     use crate::storage::{Access, CacheMode, Environment, Location};
 
+    /// In memory only metadata gets its space before it is written, and that must be known for what it is.
+    #[test]
+    fn growing_on_a_full_disk_that_allocates_slowly_fails_and_harms_nothing() {
+        let environment = SimulatedEnvironment::new(2);
+        let inner = environment.clone();
+        Simulation::on(environment).block_on(async move {
+            let at = Location::Trusted(Path::new("/a.qcow2").to_owned());
+            let file = inner.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+            let options = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(1 << 20) };
+            Qcow2::<SimulatedEnvironment>::create(&file, &options).await.expect("created");
+            let image = Qcow2::<SimulatedEnvironment>::open(file, OpenOptions::writing()).await.expect("opens");
+            inner.set_slow_allocation(true);
+            inner.set_space_limit(Some(inner.allocated(at.path()).expect("a file")));
+            image.grow(64 << 20, None).await.expect_err("a full disk");
+            image.flush().await.expect("nothing has gone wrong that matters");
+            inner.set_space_limit(None);
+            image.grow(64 << 20, None).await.expect("there is room again");
+        });
+    }
+
     #[test]
     fn filling_up_ahead_of_need_goes_on_after_a_full_disk() {
         let environment = SimulatedEnvironment::new(1);
