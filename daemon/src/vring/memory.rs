@@ -110,10 +110,7 @@ impl GuestMemory {
 
     /// A copy of the `N` bytes at `address`, if they are mapped in one piece.
     pub fn copy_out<const N: usize>(&self, address: u64) -> Option<[u8; N]> {
-        let (base, mapped) = self.piece(address, N as u64)?;
-        before_load();
-        // SAFETY: `N` bytes from `base` on are mapped and readable, and byte arrays need no alignment. Volatile, so that they are read once.
-        (mapped == N as u64).then(|| unsafe { base.cast::<[u8; N]>().read_volatile() })
+        self.run(address, N).map(|run| run.copy_out(0))
     }
 
     /// The `len` bytes at `address`, if they are mapped in one piece.
@@ -137,15 +134,15 @@ pub struct Run<'m> {
 }
 
 impl Run<'_> {
-    /// A copy of the 16 bytes at `offset`, read once.
+    /// A copy of the `N` bytes at `offset`, read once.
     ///
     /// # Panics
     /// If they reach past the end.
-    pub fn copy_out(&self, offset: usize) -> [u8; 16] {
-        assert!(offset.checked_add(16).is_some_and(|end| end <= self.len), "bytes of a run lie within it");
+    pub fn copy_out<const N: usize>(&self, offset: usize) -> [u8; N] {
+        assert!(offset.checked_add(N).is_some_and(|end| end <= self.len), "bytes of a run lie within it");
         before_load();
         // SAFETY: within the run, which is mapped and readable for as long as the memory is borrowed; byte arrays need no alignment.
-        unsafe { self.base.as_ptr().wrapping_add(offset).cast::<[u8; 16]>().read_volatile() }
+        unsafe { self.base.as_ptr().wrapping_add(offset).cast::<[u8; N]>().read_volatile() }
     }
 }
 
