@@ -89,7 +89,7 @@ impl Watched {
 
     /// Whether the memory was taken away: it contains nothing of the guest's any more.
     pub(super) fn is_lost(&self) -> bool {
-        self.0.is_lost.load(Ordering::Relaxed)
+        self.0.is_lost.load(Ordering::Acquire)
     }
 }
 
@@ -142,27 +142,30 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
 
 /// Puts zeros in the place of the watched mapping around `address`. `false` if there is none.
 fn replace(address: usize) -> bool {
-    let mut replaced = false;
-    let mut at = ENTRIES.load(Ordering::Acquire);
-    // SAFETY: entries are never freed.
-    while let Some(entry) = unsafe { at.as_ref() } {
+    let mut found = None;
+    // More than one may watch the same mapping, and each shall know before there are zeros that it could take for the guest's.
+    for entry in entries() {
         let (start, len) = (entry.start.load(Ordering::Acquire), entry.len.load(Ordering::Acquire));
         // The mapping around the address is watched as long as this thread uses it, but another entry may just have got its next use: then
         // start and length would not belong together.
         let is_whole = start != 0 && start == entry.start.load(Ordering::Acquire);
         if is_whole && (start..start.saturating_add(len)).contains(&address) {
-            // More than one may watch the same mapping, and each shall know.
-            entry.is_lost.store(true, Ordering::Relaxed);
-            if !replaced {
-                let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
-                // SAFETY: the mapping is ours from start to end for as long as it is watched, and accessed through raw pointers only.
-                let mapped = unsafe { libc::mmap(start as *mut libc::c_void, len, protection, flags | libc::MAP_NORESERVE, -1, 0) };
-                replaced = mapped != libc::MAP_FAILED;
-            }
+            entry.is_lost.store(true, Ordering::Release);
+            found.get_or_insert((start, len));
         }
-        at = entry.next.load(Ordering::Relaxed);
     }
-    replaced
+    let Some((start, len)) = found else { return false };
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
+    // SAFETY: the mapping is ours from start to end for as long as it is watched, and accessed through raw pointers only.
+    let mapped = unsafe { libc::mmap(start as *mut libc::c_void, len, protection, flags | libc::MAP_NORESERVE, -1, 0) };
+    mapped != libc::MAP_FAILED
+}
+
+/// All entries that there have ever been.
+fn entries() -> impl Iterator<Item = &'static Entry> {
+    // SAFETY: entries are never freed.
+    let entry = |at: *mut Entry| unsafe { at.as_ref() };
+    std::iter::successors(entry(ENTRIES.load(Ordering::Acquire)), move |before| entry(before.next.load(Ordering::Relaxed)))
 }
 
 #[cfg(test)]
@@ -216,5 +219,30 @@ mod tests {
         drop((first, second));
         // An entry that is used again has forgotten.
         assert!(!watch(&kept).is_lost());
+    }
+
+    #[test]
+    fn nobody_sees_zeros_before_the_loss() {
+        const BYTES: usize = 4096;
+        for _ in 0..100 {
+            let file = memfd(BYTES as u64);
+            let shared = File::from(file.try_clone().expect("a descriptor"));
+            let region = MmapRegion::<()>::from_file(FileOffset::new(shared, 0), BYTES).expect("a mapping");
+            let start = region.as_ptr() as usize;
+            // SAFETY: within the mapping.
+            unsafe { region.as_ptr().write_volatile(7) };
+            // Many, so that whoever goes through them takes some time.
+            let watching: Vec<_> = (0..500).map(|_| Watched::new(start, BYTES)).collect();
+            rustix::fs::ftruncate(&file, 0).expect("no seals");
+            std::thread::scope(|scope| {
+                for watched in [&watching[0], &watching[499]] {
+                    scope.spawn(move || {
+                        // SAFETY: mapped, or made good by the handler; nobody writes.
+                        let value = unsafe { (start as *const u8).read_volatile() };
+                        assert_eq!((value, watched.is_lost()), (0, true));
+                    });
+                }
+            });
+        }
     }
 }
