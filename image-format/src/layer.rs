@@ -305,6 +305,15 @@ impl<E: Environment> Reservation<E> {
             Self::Qcow2(allocation) => allocation.commit(publish),
         }
     }
+
+    /// Gives the place up, for others to use at once. No write to it may be under way; where that is not certain, the reservation must be dropped
+    /// instead.
+    pub fn give_up(self) {
+        match self {
+            Self::InPlace { .. } => {}
+            Self::Qcow2(allocation) => allocation.give_up(),
+        }
+    }
 }
 
 /// The virtual size and file position of a storage that is its own guest disk.

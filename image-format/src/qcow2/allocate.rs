@@ -12,6 +12,7 @@ use std::sync::{MutexGuard, PoisonError};
 
 use crate::error::{LayerError, Structure};
 use crate::storage::{Environment, Storage, StorageExt};
+use crate::units::HostOffset;
 
 use super::Inner;
 use super::busy::Fresh;
@@ -96,7 +97,20 @@ impl Allocator {
         }
         self.ready_clusters -= 1;
         self.refcounts.set(cluster, 1);
-        Some(Fresh { host: self.geometry.host_offset(cluster), reads_zero })
+        Some(Fresh { host: self.geometry.host_offset(cluster), reads_zero, may_change: false })
+    }
+
+    /// Takes back a cluster that nothing refers to and nobody writes to, to be the last that is taken again: who could not write there tries
+    /// elsewhere first. `false` if its refcount block is not in memory.
+    fn put_back(&mut self, cluster: HostCluster) -> bool {
+        let (index, _) = self.geometry.locate_refcount(cluster);
+        if !matches!(self.refcounts.block_state(index), BlockState::Loaded) {
+            return false;
+        }
+        self.refcounts.set(cluster, 0);
+        // Something may have been written there.
+        self.push_ready(cluster.0..cluster.0 + 1, false);
+        true
     }
 
     fn is_low(&self) -> bool {
@@ -183,6 +197,15 @@ impl<E: Environment> Inner<E> {
                 return Ok(fresh);
             }
             self.fill_up().await?;
+        }
+    }
+
+    /// Takes back a cluster that was allocated for what did not come to be. Nothing refers to it, and nobody writes to it.
+    pub(super) fn put_back(&self, host: HostOffset) {
+        let cluster = self.format.geometry.host_cluster(host);
+        if !self.allocator().put_back(cluster) {
+            // The way of all clusters that are not used any more: its count is lowered with the next write-back.
+            self.unmapped().ready.push(cluster.0..cluster.0 + 1);
         }
     }
 
@@ -432,7 +455,7 @@ impl<E: Environment> Inner<E> {
         if self.file.allocates_slowly() && self.allocator().limit.is_none() {
             let cluster = self.format.geometry.host_cluster(fresh.host).0;
             if let Err(error) = self.promise_space(cluster..cluster + 1).await {
-                self.unmapped().ready.push(cluster..cluster + 1);
+                self.put_back(fresh.host);
                 return Err(error);
             }
         }
@@ -460,45 +483,62 @@ impl<E: Environment> Inner<E> {
 mod tests {
     use std::path::Path;
 
-    use crate::qcow2::{CreateOptions, OpenOptions, Qcow2};
-    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
+    use crate::layer::Reservation;
+    use crate::qcow2::testing::{SIMULATED_IMAGE, with_image};
+    use crate::qcow2::{CheckOptions, CreateOptions, check};
     use crate::storage::{Access, CacheMode, Environment, Location};
+    use crate::units::{GuestOffset, GuestRange};
 
     /// In memory only metadata gets its space before it is written, and that must be known for what it is.
     #[test]
     fn growing_on_a_full_disk_that_allocates_slowly_fails_and_harms_nothing() {
-        let environment = SimulatedEnvironment::new(2);
-        let inner = environment.clone();
-        Simulation::on(environment).block_on(async move {
-            let at = Location::Trusted(Path::new("/a.qcow2").to_owned());
-            let file = inner.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
-            let options = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(1 << 20) };
-            Qcow2::<SimulatedEnvironment>::create(&file, &options).await.expect("created");
-            let image = Qcow2::<SimulatedEnvironment>::open(file, OpenOptions::writing()).await.expect("opens");
-            inner.set_slow_allocation(true);
-            inner.set_space_limit(Some(inner.allocated(at.path()).expect("a file")));
+        let options = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(1 << 20) };
+        with_image(2, options, async |disk, image| {
+            disk.set_slow_allocation(true);
+            disk.set_space_limit(Some(disk.allocated(SIMULATED_IMAGE).expect("a file")));
             image.grow(64 << 20, None).await.expect_err("a full disk");
             image.flush().await.expect("nothing has gone wrong that matters");
-            inner.set_space_limit(None);
+            disk.set_space_limit(None);
             image.grow(64 << 20, None).await.expect("there is room again");
+        });
+    }
+
+    /// Writes that wait for space are tried again and again.
+    #[test]
+    fn what_cannot_be_written_takes_no_more_clusters_each_time_that_it_is_tried() {
+        let options = CreateOptions { extended_l2: true, ..CreateOptions::standalone(64 << 20) };
+        with_image(3, options, async |disk, image| {
+            let [range, other_range] = [0, 8192].map(|at| GuestRange::new(GuestOffset::new(at), 4096));
+            image.reserve(range).await.expect("space").give_up();
+            let end = image.inner.allocator().end;
+            for _ in 0..5000 {
+                image.reserve(range).await.expect("space").give_up();
+            }
+            assert_eq!(image.inner.allocator().end, end, "the file has grown");
+            assert!(!image.inner.unmapped().has_any(), "clusters wait to be counted down");
+            let Reservation::Qcow2(allocation) = image.reserve(range).await.expect("space") else { panic!("nothing is written there") };
+            assert!(!allocation.reads_zero(), "something may have been written there");
+            drop(image.reserve(other_range).await.expect("space"));
+            allocation.give_up();
+            assert!(image.inner.unmapped().has_any(), "a write may still be under way to a part of it: nobody may use it at once");
+            image.freeze(async {}).await.expect("sound");
+            drop(image);
+            let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+            let file = disk.open(&at, Access::Read, CacheMode::Direct).await.expect("there");
+            let report = check(&file, &CheckOptions::default()).await.expect("readable");
+            assert!(report.is_clean(), "{report:?}");
         });
     }
 
     #[test]
     fn filling_up_ahead_of_need_goes_on_after_a_full_disk() {
-        let environment = SimulatedEnvironment::new(1);
-        let inner = environment.clone();
-        Simulation::on(environment).block_on(async move {
-            let at = Location::Trusted(Path::new("/a.qcow2").to_owned());
-            let file = inner.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
-            Qcow2::<SimulatedEnvironment>::create(&file, &CreateOptions::standalone(64 << 20)).await.expect("created");
-            let image = Qcow2::<SimulatedEnvironment>::open(file, OpenOptions::writing()).await.expect("opens");
+        with_image(1, CreateOptions::standalone(64 << 20), async |disk, image| {
             let image = &image.inner;
-            inner.set_space_limit(Some(0));
+            disk.set_space_limit(Some(0));
             image.top_up().await;
             assert!(image.allocator().starved && !image.allocator().is_low(), "nobody tries again ahead of need");
             image.allocate().await.expect_err("a full disk");
-            inner.set_space_limit(None);
+            disk.set_space_limit(None);
             image.allocate().await.expect("there is room again");
             assert!(!image.allocator().starved);
             while !image.allocator().is_low() {

@@ -43,6 +43,8 @@ pub(super) struct Fresh {
     pub(super) host: HostOffset,
     /// The file reads as zeros there, but for what the reservations of it write.
     pub(super) reads_zero: bool,
+    /// A write that was given up half-way may still reach it.
+    pub(super) may_change: bool,
 }
 
 impl BusyTable {
@@ -78,7 +80,7 @@ mod tests {
         let table = BusyTable::default();
         let (cluster, other) = (GuestCluster(3), GuestCluster(4));
         assert!(std::ptr::eq(table.shard(cluster), table.shard(cluster)) && !std::ptr::eq(table.shard(cluster), table.shard(other)));
-        let fresh = Fresh { host: HostOffset::new(0x5_0000), reads_zero: true };
+        let fresh = Fresh { host: HostOffset::new(0x5_0000), reads_zero: true, may_change: false };
         let mut clusters = table.shard(cluster).lock();
         clusters.insert(cluster, Busy { mask: 0b111, holders: 2, fresh: Some(fresh) });
         assert_eq!(end_reservation(&mut clusters, cluster, 0b011), None);

@@ -10,8 +10,11 @@ use std::time::Duration;
 
 use crate::buffer::Buffer;
 use crate::runtime::{Executor, Unpark};
+use crate::storage::simulated::{SimulatedEnvironment, Simulation};
 use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location, Sharing, Storage, Transferred};
 use crate::units::HostOffset;
+
+use super::{CreateOptions, OpenOptions, Qcow2};
 
 /// A file in memory whose operations complete at once.
 #[derive(Clone, Debug, Default)]
@@ -194,3 +197,25 @@ impl Scratch {
         std::fs::write(self.path(name), file.to_bytes()).expect("the folder is writable");
     }
 }
+
+/// Creates an image on a simulated disk, opens it for writing and gives it to `body`.
+pub(super) fn with_image<F>(seed: u64, options: CreateOptions, body: impl FnOnce(SimulatedEnvironment, SimulatedImage) -> F + 'static)
+where
+    F: Future<Output = ()> + 'static,
+{
+    let environment = SimulatedEnvironment::new(seed);
+    let inner = environment.clone();
+    Simulation::on(environment).block_on(async move {
+        let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+        let file = inner.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+        SimulatedImage::create(&file, &options).await.expect("created");
+        let image = SimulatedImage::open(file, OpenOptions::writing()).await.expect("opens");
+        body(inner, image).await;
+    });
+}
+
+/// Where [`with_image`] puts the image.
+pub(super) const SIMULATED_IMAGE: &str = "/a.qcow2";
+
+/// An image on a simulated disk.
+pub(super) type SimulatedImage = Qcow2<SimulatedEnvironment>;

@@ -38,6 +38,8 @@ pub struct Allocation<E: Environment> {
     host: HostOffset,
     reads_zero: bool,
     committed: bool,
+    /// No write is under way.
+    is_quiet: bool,
     ticket: Ticket,
 }
 
@@ -128,7 +130,7 @@ impl<E: Environment> Inner<E> {
         busy.fresh = busy.fresh.or(fresh);
         let (host, reads_zero) = match (claim.own, fresh) {
             (Some(host), _) => (host, false),
-            (None, Some(Fresh { host, reads_zero })) => (host, reads_zero),
+            (None, Some(Fresh { host, reads_zero, .. })) => (host, reads_zero),
             (None, None) => unreachable!("without a place of its own the cluster has a fresh one"),
         };
         Ok(Some(Attempt::Reserved(Allocation {
@@ -141,6 +143,7 @@ impl<E: Environment> Inner<E> {
             host,
             reads_zero,
             committed: false,
+            is_quiet: false,
             ticket: std::mem::take(ticket),
         })))
     }
@@ -224,7 +227,7 @@ impl<E: Environment> Inner<E> {
             Some(Table { at, .. }) => Some(at),
             None => None,
         };
-        let Fresh { host, reads_zero } = self.allocate_metadata().await?;
+        let Fresh { host, reads_zero, .. } = self.allocate_metadata().await?;
         let cluster = geometry.host_cluster(host).0;
         let Some(old) = shared else {
             self.metadata_mut().add(cluster..cluster + 1);
@@ -238,7 +241,7 @@ impl<E: Environment> Inner<E> {
             self.file.write_bytes(host, &bytes).await.map_err(|error| LayerError::io("write", what, host, error))
         };
         if let Err(error) = copied.await {
-            self.unmapped().ready.push(cluster..cluster + 1);
+            self.put_back(host);
             return Err(error);
         }
         self.metadata_mut().add(cluster..cluster + 1);
@@ -315,6 +318,10 @@ impl<E: Environment> Allocation<E> {
         shard.ended.notify_all();
     }
 
+    pub(crate) fn give_up(mut self) {
+        self.is_quiet = true;
+    }
+
     /// The entry with this reservation mapped.
     fn mapped(&self, old: Entry) -> Standard {
         let kept = match old {
@@ -350,12 +357,15 @@ impl<E: Environment> Drop for Allocation<E> {
         if let Some(Busy { fresh: Some(shared), .. }) = clusters.get_mut(&self.cluster) {
             // Part of the data may be there by now.
             shared.reads_zero = false;
+            shared.may_change |= !self.is_quiet;
         }
         let fresh = end_reservation(&mut clusters, self.cluster, self.mask);
         drop(clusters);
-        if let Some(fresh) = fresh {
-            // Something may have been written there, so the place takes the way of all clusters that are not used any more.
-            self.inner.unmapped().ready.push(self.inner.format.geometry.cluster_numbers(fresh.host, 1));
+        match fresh {
+            None => {}
+            Some(Fresh { host, may_change: false, .. }) => self.inner.put_back(host),
+            // It takes the way of all clusters that are not used any more.
+            Some(Fresh { host, .. }) => self.inner.unmapped().ready.push(self.inner.format.geometry.cluster_numbers(host, 1)),
         }
         shard.ended.notify_all();
     }

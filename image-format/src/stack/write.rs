@@ -163,7 +163,10 @@ impl<E: Environment> View<E> {
         let host = reservation.host() + (start - whole.start);
         let bytes = if parts.len() == 1 { parts.remove(0) } else { SharedVectors::join(parts) };
         let (result, _) = top.data_file().write(host, Buffer::Shared(bytes)).await;
-        result.map_err(|error| LayerError::io("write", Structure::Data, host, error))?;
+        if let Err(error) = result {
+            reservation.give_up();
+            return Err(LayerError::io("write", Structure::Data, host, error));
+        }
         let place = Mapping::Data { host: reservation.host(), in_place: true };
         reservation.commit(|| self.record(Extent { range: whole, mapping: place }));
         Ok(())
