@@ -176,8 +176,10 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image};
     use crate::qcow2::{CreateOptions, OpenOptions};
-    use crate::storage::{Access, CacheMode, Location, MemoryEnvironment};
+    use crate::storage::{Access, CacheMode, Location, MemoryEnvironment, StorageExt};
+    use crate::units::{GuestOffset, GuestRange, HostOffset};
 
     #[test]
     fn every_phase_is_seen_as_it_was_set() {
@@ -210,5 +212,46 @@ mod tests {
         assert_eq!(limit, 128 << 30);
         assert_eq!(warm_tables(limit), [true, true]);
         assert_eq!(warm_tables(limit + 65_536), [false, false]);
+    }
+
+    /// A block of the disk, mapped to a new cluster if it has none.
+    async fn write(image: &SimulatedImage, block: u64) {
+        let range = GuestRange::new(GuestOffset::new(block * 4096), 4096);
+        let reservation = image.reserve(range).await.expect("space");
+        image.inner.file.write_bytes(reservation.host(), &[7; 4096]).await.expect("a sound disk");
+        reservation.commit(|| {});
+    }
+
+    #[test]
+    fn a_frozen_image_takes_no_writes_and_a_failed_one_nothing() {
+        with_image(5, CreateOptions::standalone(64 << 20), async |_, image| {
+            image.admit_write().expect("open for writing");
+            write(&image, 0).await;
+            image.freeze(async {}).await.expect("sound");
+            assert!(matches!(image.admit_write(), Err(LayerError::ReadOnly)));
+            image.flush().await.expect("everything is durable");
+            image.inner.fail(LayerError::ReadOnly);
+            assert!(image.admit_write().is_err() && image.flush().await.is_err());
+        });
+        with_image(6, CreateOptions::standalone(64 << 20), async |_, image| {
+            image.inner.fail(LayerError::io("write", Structure::Data, HostOffset::ZERO, std::io::ErrorKind::Other.into()));
+            assert!(image.admit_write().is_err() && !matches!(image.admit_write(), Err(LayerError::ReadOnly)));
+        });
+    }
+
+    #[test]
+    fn a_frozen_image_ends_with_the_last_cluster_in_use() {
+        with_image(7, CreateOptions::standalone(64 << 20), async |disk, image| {
+            let opened = image.inner.opened_clusters;
+            for cluster in 0..3 {
+                write(&image, cluster * 16).await;
+            }
+            let ahead = disk.bytes(SIMULATED_IMAGE).expect("there").len();
+            image.freeze(async {}).await.expect("sound");
+            let frozen = disk.bytes(SIMULATED_IMAGE).expect("there").len();
+            // Three clusters of data and an L2 table.
+            assert_eq!(frozen as u64, (opened + 4) << 16);
+            assert!(frozen < ahead);
+        });
     }
 }

@@ -179,3 +179,66 @@ impl<E: Environment> Inner<E> {
         self.file.flush().await.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::future::join_all;
+
+    use crate::qcow2::CreateOptions;
+    use crate::qcow2::testing::{SimulatedImage, with_image};
+    use crate::storage::StorageExt;
+    use crate::storage::simulated::{OperationKind, SimulatedEnvironment};
+    use crate::units::{GuestOffset, GuestRange};
+
+    async fn write(image: &SimulatedImage, at: u64) {
+        let reservation = image.reserve(GuestRange::new(GuestOffset::new(at), 512)).await.expect("space");
+        image.inner.file.write_bytes(reservation.host(), &[7; 512]).await.expect("a sound disk");
+        reservation.commit(|| {});
+    }
+
+    /// How many device flushes so many guest flushes take that are made at the same time.
+    async fn device_flushes(disk: &SimulatedEnvironment, image: &SimulatedImage, flushes: usize) -> u64 {
+        let count = || disk.counts().get(&OperationKind::Flush).copied().unwrap_or(0);
+        let before = count();
+        join_all((0..flushes).map(|_| image.flush())).await.into_iter().for_each(|flushed| flushed.expect("a sound disk"));
+        count() - before
+    }
+
+    #[test]
+    fn a_flush_takes_no_more_device_flushes_than_the_order_needs() {
+        // Small clusters, so that refcount blocks are needed soon.
+        let options = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(64 << 20) };
+        with_image(1, options, async |disk, image| {
+            device_flushes(&disk, &image, 1).await;
+            assert_eq!(device_flushes(&disk, &image, 1).await, 1, "with nothing to write but what the guest wrote in place");
+            write(&image, 0).await;
+            device_flushes(&disk, &image, 1).await;
+            // Counts, zeros of a new table and data before the mapping.
+            write(&image, 512).await;
+            assert_eq!(device_flushes(&disk, &image, 1).await, 2);
+            write(&image, 512).await;
+            assert_eq!(device_flushes(&disk, &image, 1).await, 1, "an overwrite");
+            // More clusters than there were refcount blocks for: these before the refcount table, the table before the mapping.
+            for sector in 2..9000 {
+                write(&image, sector * 512).await;
+            }
+            assert_eq!(device_flushes(&disk, &image, 1).await, 3);
+            // The header points to an L1 table that has moved when this is durable, and to the new size after that.
+            let count = || disk.counts()[&OperationKind::Flush];
+            let before = count();
+            image.grow(2 << 30, None).await.expect("space");
+            assert_eq!(count() - before, 5);
+        });
+    }
+
+    #[test]
+    fn flushes_at_the_same_time_share_device_flushes() {
+        with_image(2, CreateOptions::standalone(64 << 20), async |disk, image| {
+            device_flushes(&disk, &image, 1).await;
+            // The first is under way when the others come, which must not believe that it covers what they have written.
+            assert_eq!(device_flushes(&disk, &image, 64).await, 2);
+            write(&image, 0).await;
+            assert_eq!(device_flushes(&disk, &image, 64).await, 3);
+        });
+    }
+}

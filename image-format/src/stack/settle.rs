@@ -106,3 +106,39 @@ async fn flush_file(file: &impl Storage) -> Result<(), LayerError> {
         result => result.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::qcow2::{CreateOptions, OpenOptions, Qcow2};
+    use crate::raw::Raw;
+    use crate::stack::FenceDomain;
+    use crate::storage::simulated::{OperationKind, SimulatedEnvironment, Simulation};
+    use crate::storage::{Access, CacheMode, Location};
+
+    #[test]
+    fn every_file_beneath_is_flushed_once() {
+        let disk = SimulatedEnvironment::new(1);
+        let environment = disk.clone();
+        Simulation::on(disk.clone()).block_on(async move {
+            let open = async |name: &str, access| {
+                environment.open(&Location::Trusted(Path::new(name).to_owned()), access, CacheMode::Direct).await.expect("a file")
+            };
+            environment.put("/base", &[7; 65_536]);
+            let overlay = open("/overlay", Access::CreateNew).await;
+            let options = CreateOptions::overlay(65_536, "base", "raw");
+            Qcow2::<SimulatedEnvironment>::create(&overlay, &options).await.expect("created");
+            let base = Layer::Raw(Raw::open(open("/base", Access::Read).await, false).await.expect("raw"));
+            let overlay = Layer::Qcow2(Qcow2::open(overlay, OpenOptions::writing()).await.expect("an image"));
+            let domain = FenceDomain::new(|| std::time::Duration::ZERO);
+            let stack = Stack::new(environment.clone(), &domain, vec![Arc::new(base), Arc::new(overlay)], false);
+            let flushes = || environment.counts().get(&OperationKind::Flush).copied().unwrap_or(0);
+            let before = flushes();
+            stack.settle().await.expect("a sound disk");
+            stack.settle().await.expect("as before");
+            assert_eq!(flushes() - before, 1);
+        });
+    }
+}
