@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
 use crate::layer::Layer;
 use crate::qcow2::{Header, HeaderError, OpenError, OpenOptions, Qcow2};
 use crate::raw::{Raw, RawOpenError};
@@ -12,6 +14,9 @@ use crate::storage::kept::MemoryKeeper;
 use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location, Sharing, Storage};
 
 use super::{AllowedDirectories, Format, MAX_DEPTH, NameError, UnknownFormat};
+
+/// Layers that are opened at a time.
+const AT_ONCE: usize = 64;
 
 /// How a chain is opened.
 #[derive(Clone, Debug)]
@@ -154,7 +159,7 @@ fn open_hint(source: &io::Error) -> &'static str {
 /// Only the top is opened for writing, if at all. Every layer is locked as QEMU does: the top as a writer's, the others as readers'.
 ///
 /// # Errors
-/// Which file is the first that cannot be opened or makes no sense. Nothing is held then.
+/// Which file cannot be opened or makes no sense. Nothing is held then.
 pub async fn open_chain<E: Environment>(
     environment: &E,
     top: &Location,
@@ -186,18 +191,50 @@ async fn open_limited<E: Environment>(
     limit: usize,
     locked: bool,
 ) -> Result<Vec<ChainLayer<E>>, ChainError> {
-    let mut layers = Vec::new();
+    let found = walk(environment, top, format, &options, limit, locked).await?;
+    let is_kept = found.iter().any(|file| file.is_kept);
+    // What each has in store takes several looks into its file, and they do not depend on one another.
+    let open = |found| open_layer(environment, found, &options, locked);
+    let mut layers: Vec<_> = stream::iter(found).map(open).buffered(AT_ONCE).try_collect().await?;
+    if let (Some(keeper), Some(ChainLayer { path, layer, .. })) = (options.keeper.filter(|_| options.writable && !is_kept), layers.first())
+    {
+        layer.keep(keeper).await.map_err(|error| ChainError { path: path.clone(), cause: OpenError::Layer(error).into() })?;
+    }
+    layers.reverse();
+    Ok(layers)
+}
+
+/// A file of the chain, locked, of which no more has been read than what lies beneath it.
+struct Found<E: Environment> {
+    path: PathBuf,
+    file: E::File,
+    /// Of a qcow2 image; others have none.
+    header: Option<Header>,
+    writable: bool,
+    /// It is the top, and a killed process has left something of it in memory.
+    is_kept: bool,
+}
+
+/// Follows the chain from its top to the base, and locks all of it.
+async fn walk<E: Environment>(
+    environment: &E,
+    top: &Location,
+    format: Format,
+    options: &ChainOptions<'_>,
+    limit: usize,
+    locked: bool,
+) -> Result<Vec<Found<E>>, ChainError> {
+    let mut chain = Vec::new();
     let mut seen = HashSet::new();
     let mut next = Some((top.clone(), format));
-    let mut top_is_kept = false;
     while let Some((location, format)) = next.take() {
         let path = location.path();
         let failed = |cause| ChainError { path: path.clone(), cause };
-        if layers.len() == limit {
+        if chain.len() == limit {
             return Err(failed(ChainCause::TooDeep { limit }));
         }
-        let writable = options.writable && layers.is_empty();
-        let file = open_file(environment, &location, writable, options.cache).await.map_err(failed)?;
+        let writable = options.writable && chain.is_empty();
+        let mut file = open_file(environment, &location, writable, options.cache).await.map_err(failed)?;
         let identity = file.identity();
         if !seen.insert(identity) {
             return Err(failed(ChainCause::Twice));
@@ -208,40 +245,49 @@ async fn open_limited<E: Environment>(
         if locked {
             lock_file(&file, writable).await.map_err(failed)?;
         }
-        let layer = match format {
-            Format::Raw => Layer::Raw(Raw::open(file, writable).await.map_err(|error| failed(error.into()))?),
-            Format::Qcow2 => {
-                let mut header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
-                let mut file = file;
-                let has_left = has_left(&header, options.keeper);
-                if !writable && has_left {
-                    // It was the top of the stack when its process was killed.
-                    drop(file);
-                    restore(environment, &location, &options).await.map_err(failed)?;
-                    file = open_file(environment, &location, false, options.cache).await.map_err(failed)?;
-                    lock_file(&file, false).await.map_err(failed)?;
-                    header = Header::read(&file).await.map_err(|error| failed(error.into()))?;
-                }
-                next = backing(&path, &header, options.allowed).map_err(failed)?;
-                let data_file = open_data_file(environment, &path, &header, &options, locked).await.map_err(failed)?;
-                // An image with nothing left is not changed before all beneath it has been found good.
-                let is_kept = writable && has_left;
-                top_is_kept |= is_kept;
-                let keeper = options.keeper.filter(|_| is_kept).cloned();
-                let opening = OpenOptions { writable, data_file, l2_cache_bytes: None, keeper };
-                let image = Qcow2::open_with_header(file, header, opening).await;
-                Layer::Qcow2(image.map_err(|error| failed(error.into()))?)
+        let (mut header, mut is_kept) = (None, false);
+        if format == Format::Qcow2 {
+            let mut read = Header::read(&file).await.map_err(|error| failed(error.into()))?;
+            is_kept = has_left(&read, options.keeper);
+            if !writable && is_kept {
+                // It was the top of the stack when its process was killed.
+                is_kept = false;
+                drop(file);
+                restore(environment, &location, options).await.map_err(failed)?;
+                file = open_file(environment, &location, false, options.cache).await.map_err(failed)?;
+                lock_file(&file, false).await.map_err(failed)?;
+                read = Header::read(&file).await.map_err(|error| failed(error.into()))?;
             }
-        };
-        layers.push(ChainLayer { path, format, identity, layer: Arc::new(layer) });
+            next = backing(&path, &read, options.allowed).map_err(failed)?;
+            header = Some(read);
+        }
+        chain.push(Found { path, file, header, writable, is_kept });
     }
-    if let (Some(keeper), Some(ChainLayer { path, layer, .. })) =
-        (options.keeper.filter(|_| options.writable && !top_is_kept), layers.first())
-    {
-        layer.keep(keeper).await.map_err(|error| ChainError { path: path.clone(), cause: OpenError::Layer(error).into() })?;
-    }
-    layers.reverse();
-    Ok(layers)
+    Ok(chain)
+}
+
+/// Opens the image in a file that has been found.
+async fn open_layer<E: Environment>(
+    environment: &E,
+    found: Found<E>,
+    options: &ChainOptions<'_>,
+    locked: bool,
+) -> Result<ChainLayer<E>, ChainError> {
+    let Found { path, file, header, writable, is_kept } = found;
+    let failed = |cause| ChainError { path: path.clone(), cause };
+    let identity = file.identity();
+    let (format, layer) = match header {
+        None => (Format::Raw, Layer::Raw(Raw::open(file, writable).await.map_err(|error| failed(error.into()))?)),
+        Some(header) => {
+            let data_file = open_data_file(environment, &path, &header, options, locked).await.map_err(failed)?;
+            // An image with nothing left is not changed before all beneath it has been found good.
+            let keeper = options.keeper.filter(|_| is_kept).cloned();
+            let opening = OpenOptions { writable, data_file, l2_cache_bytes: None, keeper };
+            let image = Qcow2::open_with_header(file, header, opening).await;
+            (Format::Qcow2, Layer::Qcow2(image.map_err(|error| failed(error.into()))?))
+        }
+    };
+    Ok(ChainLayer { path, format, identity, layer: Arc::new(layer) })
 }
 
 /// Whether a process was killed that has not written everything to the image which it had acknowledged, and has left it in memory.

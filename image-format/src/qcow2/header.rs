@@ -9,6 +9,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
+use futures_util::future::join;
+
 use crate::storage::{Storage, StorageExt};
 use crate::units::HostOffset;
 
@@ -22,6 +24,8 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 pub(super) const V2_HEADER_BYTES: u32 = 72;
 /// Bytes of a version 3 header, at least.
 pub(super) const V3_HEADER_BYTES: u32 = 104;
+/// What is read of the first cluster at first: nearly every header, with its extensions and names, takes less.
+const FIRST_BYTES: usize = 4096;
 /// Longest name of a backing file, in bytes.
 pub const MAX_BACKING_NAME: usize = 1023;
 /// Most internal snapshots, as in QEMU.
@@ -240,13 +244,16 @@ impl Header {
     /// # Errors
     /// If the file cannot be read, is no qcow2 image, or its header makes no sense.
     pub async fn read(file: &impl Storage) -> Result<Self, HeaderError> {
-        let file_len = file.length().await.map_err(HeaderError::Read)?;
+        let (file_len, start) = join(file.length(), file.read_bytes(HostOffset::ZERO, FIRST_BYTES)).await;
+        let (file_len, start) = (file_len.map_err(HeaderError::Read)?, start.map_err(HeaderError::Read)?);
         if file_len < u64::from(V2_HEADER_BYTES) {
             return Err(HeaderError::TooShort(file_len));
         }
-        let start = file.read_bytes(HostOffset::ZERO, 512).await.map_err(HeaderError::Read)?;
-        let cluster_bits = Self::check_start(&start)?;
-        let cluster = file.read_bytes(HostOffset::ZERO, 1 << cluster_bits).await.map_err(HeaderError::Read)?;
+        let cluster_len = 1 << Self::check_start(&start)?;
+        if cluster_len <= FIRST_BYTES || is_complete(&start) {
+            return Self::parse(&start[..cluster_len.min(FIRST_BYTES)], file_len);
+        }
+        let cluster = file.read_bytes(HostOffset::ZERO, cluster_len).await.map_err(HeaderError::Read)?;
         Self::parse(&cluster, file_len)
     }
 
@@ -267,7 +274,7 @@ impl Header {
         Ok(cluster_bits)
     }
 
-    /// Takes a whole first cluster (of at least 512 bytes) of a file of `file_len` bytes apart.
+    /// Takes a whole first cluster, or what [`is_complete`], of a file of `file_len` bytes apart.
     fn parse(cluster: &[u8], file_len: u64) -> Result<Self, HeaderError> {
         let cluster_bits = Self::check_start(cluster)?;
         let fields = Fields(cluster);
@@ -543,6 +550,30 @@ impl Header {
 }
 
 /// Where in the first cluster the backing file's name is.
+/// Whether the first bytes of a longer cluster have everything in it that means something: header, extensions and the name of the backing file.
+fn is_complete(start: &[u8]) -> bool {
+    let fields = Fields(start);
+    let header_length = if fields.u32(4) >= 3 { fields.u32(100) } else { V2_HEADER_BYTES };
+    let [mut at, start_len] = [u64::from(header_length), start.len() as u64];
+    let name = Some((fields.u64(8), fields.u32(16))).filter(|(offset, _)| *offset != 0);
+    let name_end = name.map_or(0, |(offset, len)| offset.saturating_add(u64::from(len)));
+    if at > start_len || name_end > start_len {
+        return false;
+    }
+    let end = name.map_or(u64::MAX, |(offset, _)| offset);
+    while at + 8 <= end {
+        if at + 8 > start_len {
+            return false;
+        }
+        let extension = Fields(&start[usize::try_from(at).expect("below the length of a slice")..]);
+        if extension.u32(0) == extension::END {
+            return true;
+        }
+        at += 8 + u64::from(extension.u32(4)).next_multiple_of(8);
+    }
+    at <= start_len
+}
+
 fn backing_range(fields: &Fields<'_>, header_length: u32, cluster_bytes: u64) -> Result<Option<Range<usize>>, HeaderError> {
     let (offset, len) = (fields.u64(8), fields.u32(16));
     if offset == 0 {
@@ -666,5 +697,69 @@ fn text<'a>(data: &'a [u8], what: &'static str) -> Result<&'a str, HeaderError> 
     match std::str::from_utf8(data) {
         Ok(text) if !text.is_empty() && !text.contains(char::is_control) => Ok(text),
         _ => Err(HeaderError::ExtensionText(what)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::testing::{MemoryFile, run};
+
+    /// A first cluster of 64 KiB with an extension of so many bytes that means nothing to us, and the name of a backing file right after all
+    /// extensions, by qemu's docs/interop/qcow2.rst.
+    fn cluster(extension: usize, name: Option<&str>) -> Vec<u8> {
+        let mut bytes = vec![0; 1 << 16];
+        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+        put(0, &MAGIC);
+        put(4, &3_u32.to_be_bytes());
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(1_u64 << 20).to_be_bytes());
+        put(36, &1_u32.to_be_bytes());
+        put(40, &0x3_0000_u64.to_be_bytes());
+        put(48, &0x1_0000_u64.to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
+        put(96, &4_u32.to_be_bytes());
+        put(100, &104_u32.to_be_bytes());
+        put(104, &0x1234_5678_u32.to_be_bytes());
+        put(108, &u32::try_from(extension).expect("short").to_be_bytes());
+        let at = 112 + extension.next_multiple_of(8);
+        put(at, &self::extension::MARK.to_be_bytes());
+        put(at + 4, &8_u32.to_be_bytes());
+        put(at + 8, &7_u64.to_be_bytes());
+        if let Some(name) = name {
+            put(8, &(at as u64 + 24).to_be_bytes());
+            put(16, &u32::try_from(name.len()).expect("short").to_be_bytes());
+            put(at + 24, name.as_bytes());
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_header_means_the_same_wherever_its_parts_lie() {
+        for name in [None, Some("base"), Some("a longer name of an image")] {
+            for extension in [0, 1, 8, 3000, 5000, 60_000].into_iter().chain(3900..4000) {
+                let cluster = cluster(extension, name);
+                let end = 112 + extension.next_multiple_of(8) + 24 + name.map_or(0, str::len);
+                let is_near = end <= FIRST_BYTES;
+                assert_eq!(is_complete(&cluster[..FIRST_BYTES]), is_near, "an extension of {extension} bytes, {name:?}");
+                let mut file = cluster;
+                file.resize(4 << 16, 0);
+                let header = run(async move { Header::read(&MemoryFile::from_bytes(file)).await }).expect("a header");
+                assert_eq!(header.mark(), Some(7));
+                assert_eq!(header.backing().map(|backing| backing.name.to_str()), name.map(Some));
+            }
+        }
+    }
+
+    #[test]
+    fn an_extension_that_runs_into_the_name_is_found_wherever_it_lies() {
+        for extension in [0, 3000, 3984, 3992, 5000] {
+            let mut file = cluster(extension, Some("base"));
+            let at = 112 + extension.next_multiple_of(8);
+            file[at + 4..at + 8].copy_from_slice(&17_u32.to_be_bytes());
+            file.resize(4 << 16, 0);
+            let error = run(async move { Header::read(&MemoryFile::from_bytes(file)).await }).expect_err("no room");
+            assert!(matches!(error, HeaderError::ExtensionLength { .. }), "{error}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::rc::Rc;
@@ -10,14 +10,11 @@ use std::time::{Duration, SystemTime};
 
 use io_uring::{opcode, squeue, types};
 
-use super::file::{self, UringFile};
+use super::file::UringFile;
 use super::operation::{CallKind, Output};
-use super::{ring, stat};
+use super::{open, ring};
 use crate::runtime;
 use crate::storage::{Access, CacheMode, Environment, Location};
-
-/// Permissions of new images: for their owner only, as they hold what a guest holds. The umask takes its share of it.
-const NEW_FILE_MODE: u64 = 0o600;
 
 /// The real world over the io_uring of the calling thread. Its futures belong into tasks of a [`Reactor`](super::Reactor), whose thread has
 /// entered it. New files are for their owner only (mode 0600).
@@ -29,45 +26,6 @@ pub(super) fn monotonic() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     // The clock counts from the start of the machine, so it is never negative.
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
-}
-
-/// What the kernel follows and how far, when it opens a name.
-#[derive(Clone, Copy)]
-enum Resolve {
-    Anything,
-    /// Stay beneath the directory, and pass no link of any kind.
-    Beneath,
-}
-
-impl Resolve {
-    fn flags(self) -> u64 {
-        match self {
-            Self::Anything => 0,
-            Self::Beneath => libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS,
-        }
-    }
-}
-
-/// Memory of an opening under way.
-struct Opening {
-    name: CString,
-    how: types::OpenHow,
-    directory: Option<Rc<OwnedFd>>,
-}
-
-async fn open(directory: Option<Rc<OwnedFd>>, name: &Path, flags: i32, mode: u64, resolve: Resolve) -> io::Result<OwnedFd> {
-    let flags = u64::from((flags | libc::O_CLOEXEC).unsigned_abs());
-    let how = types::OpenHow::new().flags(flags).mode(mode).resolve(resolve.flags());
-    let opening = Rc::new(Opening { name: c_string(name)?, how, directory });
-    let base = types::Fd(opening.directory.as_ref().map_or(libc::AT_FDCWD, |directory| directory.as_raw_fd()));
-    // Some kernels' first attempt asks file servers and waits for them: none is made.
-    let entry = opcode::OpenAt2::new(base, opening.name.as_ptr(), &raw const opening.how).build().flags(squeue::Flags::ASYNC);
-    // SAFETY: name, how and directory lie in (or are owned by) `opening`, which does not move.
-    let submitted = unsafe { ring::current().call(entry, CallKind::Open, opening) };
-    match submitted.await {
-        Output::Descriptor(descriptor) => descriptor,
-        _ => unreachable!("openings end with a descriptor"),
-    }
 }
 
 /// Runs an operation for its success only.
@@ -91,23 +49,9 @@ impl Environment for UringEnvironment {
     type File = UringFile;
 
     async fn open(&self, at: &Location, access: Access, cache: CacheMode) -> io::Result<UringFile> {
-        let (flags, mode) = match access {
-            Access::Read => (libc::O_RDONLY, 0),
-            Access::Write => (libc::O_RDWR, 0),
-            Access::CreateNew => (libc::O_RDWR | libc::O_CREAT | libc::O_EXCL, NEW_FILE_MODE),
-        };
-        // Neither a FIFO without a writer nor a terminal may have an effect on us before we have seen what it is.
-        let flags = flags | libc::O_NONBLOCK | libc::O_NOCTTY;
-        let fd = match at {
-            Location::Trusted(path) => open(None, path, flags, mode, Resolve::Anything).await?,
-            Location::Beneath { directory, name } => {
-                let directory = open(None, directory, libc::O_PATH | libc::O_DIRECTORY, 0, Resolve::Anything).await?;
-                open(Some(Rc::new(directory)), name, flags, mode, Resolve::Beneath).await?
-            }
-        };
-        let (fd, facts) = stat::examine(fd, file::FACTS).await?;
-        let (fd, medium) = stat::medium(fd).await;
-        UringFile::adopt(fd, &facts, medium, at.path(), cache)
+        let at = at.clone();
+        // Each of the questions may go to a file server, which may take for ever.
+        blocking::unblock(move || open::file(&at, access, cache)).await
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -126,7 +70,8 @@ impl Environment for UringEnvironment {
     }
 
     async fn flush_directory(&self, directory: &Path) -> io::Result<()> {
-        let directory = Rc::new(open(None, directory, libc::O_RDONLY | libc::O_DIRECTORY, 0, Resolve::Anything).await?);
+        let directory = directory.to_owned();
+        let directory = Rc::new(blocking::unblock(move || open::directory(&directory)).await?);
         let entry = opcode::Fsync::new(types::Fd(directory.as_raw_fd())).build();
         // SAFETY: the entry names the directory only, which what is kept owns.
         unsafe { call(entry, CallKind::Once, directory) }.await

@@ -21,14 +21,12 @@ use crate::buffer::{BUFFER_ALIGNMENT, Buffer};
 use crate::storage::{CacheMode, FileIdentity, Sharing, Storage, Transferred};
 use crate::units::HostOffset;
 
-/// What must be known of a file to use it.
-pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).union(StatxFlags::DIOALIGN);
-
 /// A file or block device whose operations go through the io_uring of the calling thread.
 ///
 /// Operations are started and polled on threads that have entered a [`Reactor`](super::Reactor); a future stays on the thread that made it.
-/// Starting one on another thread is a mistake of the program and panics. What no ring can do (locks, and changes of the length before Linux
-/// 6.9) is done on threads of its own: whatever hangs with a file server, the calling thread does not.
+/// Starting one on another thread is a mistake of the program and panics. What no ring can do (opening with all that goes
+/// with it, locks on served files, and changes of the length before Linux 6.9) is done on threads of its own: whatever hangs with a file server,
+/// the calling thread does not.
 #[derive(Debug)]
 pub struct UringFile {
     file: Arc<OpenFile>,
@@ -78,6 +76,14 @@ impl OpenFile {
         self.medium == Medium::Served
     }
 
+    /// Changes what others are told by our locks. A file server is asked, and may take for ever.
+    fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
+        let mut current = self.sharing.lock().unwrap_or_else(PoisonError::into_inner);
+        locks::change(self.as_fd(), &self.path, *current, sharing)?;
+        *current = sharing;
+        Ok(())
+    }
+
     /// What addresses in memory must be a multiple of, if transfers pass the page cache by.
     pub(super) fn direct_memory_alignment(&self) -> Option<usize> {
         self.direct
@@ -86,7 +92,7 @@ impl OpenFile {
 
 impl UringFile {
     /// Takes over a descriptor that was opened with `O_NONBLOCK` and without `O_DIRECT`, if it is of a kind that can hold an image. `facts`
-    /// are what the system says about it when asked for [`FACTS`].
+    /// are what the system says about its type, number and alignment.
     pub(super) fn adopt(fd: OwnedFd, facts: &Statx, medium: Medium, path: PathBuf, cache: CacheMode) -> io::Result<Self> {
         let (kind, identity) = match FileType::from_raw_mode(facts.stx_mode.into()) {
             FileType::RegularFile => {
@@ -262,14 +268,11 @@ impl Storage for UringFile {
     }
 
     async fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
+        if self.file.medium != Medium::Served {
+            return self.file.set_sharing(sharing);
+        }
         let file = Arc::clone(&self.file);
-        blocking::unblock(move || {
-            let mut current = file.sharing.lock().unwrap_or_else(PoisonError::into_inner);
-            locks::change(file.as_fd(), &file.path, *current, sharing)?;
-            *current = sharing;
-            Ok(())
-        })
-        .await
+        blocking::unblock(move || file.set_sharing(sharing)).await
     }
 }
 

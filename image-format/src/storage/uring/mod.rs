@@ -6,11 +6,12 @@
 //! - `probe`: what the kernel offers, and a ring that makes use of it.
 //! - `operation`, `transfer`: what one operation keeps alive, and what it does with a completion.
 //! - `ring`: the operations of one thread; `reactor`: the thread's place to wait for them.
-//! - `file`, `locks`, `stat`, `environment`: the seam's traits.
+//! - `file`, `locks`, `open`, `stat`, `environment`: the seam's traits.
 
 mod environment;
 mod file;
 mod locks;
+mod open;
 mod operation;
 mod probe;
 mod reactor;

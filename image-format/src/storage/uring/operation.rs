@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 
 use io_uring::{opcode, squeue, types};
@@ -25,7 +25,6 @@ pub(super) enum Work {
 pub(super) enum Output {
     Transfer(Transferred),
     Value(io::Result<u32>),
-    Descriptor(io::Result<OwnedFd>),
     /// A watch, with its token.
     WatchEnded(u64),
 }
@@ -84,8 +83,6 @@ pub(super) enum CallKind {
     Plain,
     /// A number, and never repeated: a flush that failed in any way has perhaps thrown away the news of a failed write.
     Once,
-    /// A new descriptor.
-    Open,
     /// Ends by running out.
     Timer,
 }
@@ -115,9 +112,6 @@ impl CallWork {
             CallKind::Plain | CallKind::Once => Output::Value(value(result)),
             CallKind::Timer if result == -libc::ETIME => Output::Value(Ok(0)),
             CallKind::Timer => Output::Value(value(result)),
-            CallKind::Open if result < 0 => Output::Descriptor(Err(io::Error::from_raw_os_error(-result))),
-            // SAFETY: the kernel has just made this descriptor for us, and this is the only place that learns of it.
-            CallKind::Open => Output::Descriptor(Ok(unsafe { OwnedFd::from_raw_fd(result) })),
         })
     }
 }

@@ -41,17 +41,15 @@ const LOCAL: [u64; 7] = [
     0x794c_7630, // overlayfs
 ];
 
-/// Finds out what an open file lies on, and gives it back.
-pub(super) async fn medium(fd: OwnedFd) -> (OwnedFd, Medium) {
-    blocking::unblock(move || {
-        let medium = match rustix::fs::fstatfs(&fd).map(|system| system.f_type.cast_unsigned() & 0xffff_ffff) {
-            Ok(system) if MEMORY.contains(&system) => Medium::Memory,
-            Ok(system) if LOCAL.contains(&system) => Medium::Local,
-            _ => Medium::Served,
-        };
-        (fd, medium)
-    })
-    .await
+impl Medium {
+    /// What an open file lies on. Whoever serves it is asked, so it may take for ever.
+    pub(super) fn of(file: &OwnedFd) -> Self {
+        match rustix::fs::fstatfs(file).map(|system| system.f_type.cast_unsigned() & 0xffff_ffff) {
+            Ok(system) if MEMORY.contains(&system) => Self::Memory,
+            Ok(system) if LOCAL.contains(&system) => Self::Local,
+            _ => Self::Served,
+        }
+    }
 }
 
 /// Memory of a question about an open file.

@@ -187,7 +187,8 @@ fn fits_direct(vectors: &[libc::iovec], memory_alignment: usize) -> bool {
 mod tests {
     use rustix::fs::AtFlags;
 
-    use super::super::file::{FACTS, UringFile};
+    use super::super::file::UringFile;
+    use super::super::open::FACTS;
     use super::super::skip::skipped;
     use super::super::stat::Medium;
     use super::*;

@@ -1,0 +1,57 @@
+//! Opening a file and finding out what it is: calls that wait for whoever serves it, for threads of their own.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
+use rustix::io::retry_on_intr;
+
+use super::file::UringFile;
+use super::stat::Medium;
+use crate::storage::{Access, CacheMode, Location};
+
+/// Permissions of new images: for their owner only, as they hold what a guest holds. The umask takes its share of it.
+const NEW_FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+/// What must be known of a file to use it.
+pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).union(StatxFlags::DIOALIGN);
+
+/// Opens an image.
+///
+/// # Errors
+/// Whatever the system reports; `InvalidInput` if it is neither a file nor a block device.
+pub(super) fn file(at: &Location, access: Access, cache: CacheMode) -> io::Result<UringFile> {
+    let (flags, mode) = match access {
+        Access::Read => (OFlags::RDONLY, Mode::empty()),
+        Access::Write => (OFlags::RDWR, Mode::empty()),
+        Access::CreateNew => (OFlags::RDWR | OFlags::CREATE | OFlags::EXCL, NEW_FILE_MODE),
+    };
+    // Neither a FIFO without a writer nor a terminal may have an effect on us before we have seen what it is.
+    let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let fd = match at {
+        Location::Trusted(path) => open(CWD, path, flags, mode, ResolveFlags::empty())?,
+        Location::Beneath { directory, name } => {
+            let directory = open(CWD, directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty(), ResolveFlags::empty())?;
+            // It stays beneath the directory, and passes no link of any kind.
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+            open(directory.as_fd(), name, flags, mode, resolve)?
+        }
+    };
+    let facts = retry_on_intr(|| rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, FACTS))?;
+    let medium = Medium::of(&fd);
+    UringFile::adopt(fd, &facts, medium, at.path(), cache)
+}
+
+/// Opens a directory, to make it durable.
+///
+/// # Errors
+/// Whatever the system reports.
+pub(super) fn directory(path: &Path) -> io::Result<OwnedFd> {
+    open(CWD, path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty(), ResolveFlags::empty())
+}
+
+fn open(directory: impl AsFd, name: &Path, flags: OFlags, mode: Mode, resolve: ResolveFlags) -> io::Result<OwnedFd> {
+    let directory = directory.as_fd();
+    Ok(retry_on_intr(|| rustix::fs::openat2(directory, name, flags | OFlags::CLOEXEC, mode, resolve))?)
+}
