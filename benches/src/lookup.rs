@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use snapfence_image_format::buffer::AlignedBuffer;
+use snapfence_image_format::chain::{self, AllowedDirectories, ChainOptions, Format, Unprotected};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateOptions, OpenOptions, Qcow2};
-use snapfence_image_format::raw::Raw;
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment, UringFile};
 use snapfence_image_format::storage::{Access, CacheMode, Environment, Location};
@@ -103,16 +103,20 @@ async fn make_chain(directory: &Path, depth: usize) -> Result<()> {
 }
 
 async fn open_chain(directory: &Path, depth: usize) -> Result<Arc<Stack<UringEnvironment>>> {
-    let mut layers = Vec::new();
-    for number in 0..depth {
-        let file = open_file(&layer_path(directory, number), Access::Read).await?;
-        layers.push(Arc::new(match number {
-            0 => Layer::Raw(Raw::open(file, false).await?),
-            _ => Layer::Qcow2(Qcow2::open(file, OpenOptions::reading()).await?),
-        }));
-    }
+    let top = layer_path(directory, depth - 1);
+    let format = if depth == 1 { Format::Raw } else { Format::Qcow2 };
+    let allowed = AllowedDirectories::default().with_directory_of(&top);
+    let options = ChainOptions {
+        allowed: &allowed,
+        data_files: &[],
+        cache: CacheMode::Direct,
+        writable: false,
+        protected: &Unprotected,
+        keeper: None,
+    };
+    let chain = chain::open_chain(&UringEnvironment, &Location::Trusted(top), format, options).await?;
     let domain = FenceDomain::new(|| UringEnvironment.now());
-    Ok(Stack::new(UringEnvironment, &domain, layers, true))
+    Ok(Stack::new(UringEnvironment, &domain, chain.into_iter().map(|layer| layer.layer).collect(), true))
 }
 
 /// Memory of this process, in bytes.

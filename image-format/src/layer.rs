@@ -101,6 +101,14 @@ impl<E: Environment> Layer<E> {
         }
     }
 
+    /// Reads ahead of [`map`](Self::map) what that will need of a small range.
+    pub(crate) async fn prefetch(&self, range: GuestRange) {
+        match self {
+            Self::Raw(_) => {}
+            Self::Qcow2(image) => image.prefetch(range).await,
+        }
+    }
+
     /// The decompressed bytes of the whole cluster around `at`, and the cluster's range. `None` if it is not compressed: between
     /// [`map`](Self::map) and this call somebody may have written it anew.
     ///

@@ -9,6 +9,9 @@ use super::Inner;
 use super::entry::Entry;
 use super::l2::{Slice, SliceState};
 
+/// Parts of the table that are read ahead at most: a page of the chain map takes one or two.
+const PREFETCHED_SLICES: u64 = 2;
+
 impl<E: Environment> Inner<E> {
     pub(super) async fn map(&self, range: GuestRange, extents: &mut ExtentList) -> Result<(), LayerError> {
         let disk_end = GuestOffset::new(self.virtual_size());
@@ -32,6 +35,20 @@ impl<E: Environment> Inner<E> {
         }
         extents.push(Extent { range: GuestRange::between(range.start.max(disk_end), range.end()), mapping: Mapping::Unallocated });
         Ok(())
+    }
+
+    /// Reads what [`map`](Self::map) will look at of the table, unless that is much. What cannot be read is left to it.
+    pub(super) async fn prefetch(&self, range: GuestRange) {
+        let reach = self.format.geometry.slice_reach();
+        if range.len > PREFETCHED_SLICES * reach {
+            return;
+        }
+        let disk = GuestRange::new(GuestOffset::ZERO, self.virtual_size());
+        for part in range.intersection(disk).split_at_multiples(reach) {
+            if self.slice(self.format.geometry.locate(part.start).0).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Maps a range that lies within one slice.
@@ -63,6 +80,21 @@ impl<E: Environment> Inner<E> {
             }
             _ => false,
         };
+        // Mostly all of it is the same.
+        let mask = geometry.subcluster_mask(range);
+        let uniform = match standard.host {
+            Some(host) if standard.allocated & mask == mask => {
+                Some(Mapping::Data { host: host + (range.start - cluster_start), in_place: standard.copied && writable })
+            }
+            _ if standard.allocated & mask != 0 => None,
+            _ if standard.zero & mask == mask => Some(Mapping::Zero),
+            _ if standard.zero & mask == 0 => Some(Mapping::Unallocated),
+            _ => None,
+        };
+        if let Some(mapping) = uniform {
+            extents.push(Extent { range, mapping });
+            return Ok(());
+        }
         for piece in range.split_at_multiples(geometry.subcluster_bytes()) {
             let subcluster = u32::try_from((piece.start - cluster_start) / geometry.subcluster_bytes()).expect("below 32");
             let mapping = match standard.mapping(subcluster, geometry.subcluster_bytes()) {

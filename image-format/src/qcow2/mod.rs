@@ -216,6 +216,10 @@ impl<E: Environment> Qcow2<E> {
         self.inner.data_file.as_ref().unwrap_or(&self.inner.file)
     }
 
+    pub(crate) async fn prefetch(&self, range: GuestRange) {
+        self.inner.prefetch(range).await;
+    }
+
     pub(crate) async fn map(&self, range: GuestRange, extents: &mut ExtentList) -> Result<(), LayerError> {
         self.inner.map(range, extents).await
     }

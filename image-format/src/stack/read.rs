@@ -3,15 +3,19 @@
 use std::sync::Arc;
 
 use futures_util::future::join_all;
+use smallvec::SmallVec;
 
 use super::map::{Miss, PAGE_BYTES, Piece, Pieces, Place, push_piece};
 use super::{View, whole_disk};
 use crate::buffer::{AlignedBuffer, Buffer, SharedVectors};
 use crate::error::{LayerError, Structure};
-use crate::extent::{ExtentList, Mapping};
+use crate::extent::{Extent, ExtentList, Mapping};
 use crate::layer::Layer;
 use crate::storage::{Environment, Storage};
 use crate::units::{GuestOffset, GuestRange};
+
+/// Layers whose tables are read at a time, at most.
+const MOST_AHEAD: usize = 64;
 
 impl<E: Environment> View<E> {
     /// Fills the buffer with the bytes of the disk from `at` on.
@@ -156,37 +160,27 @@ impl<E: Environment> View<E> {
 pub(super) async fn walk<E: Environment>(layers: &[Arc<Layer<E>>], range: GuestRange, pieces: &mut Pieces) -> Result<(), LayerError> {
     let mut found: Vec<Piece> = Vec::new();
     let mut open = vec![range];
-    let mut extents = ExtentList::new();
+    // More and more layers at a time, the further down what is looked for lies.
+    let (mut looked_ahead, mut ahead) = (layers.len(), 1);
     for (number, layer) in layers.iter().enumerate().rev() {
+        if number < looked_ahead {
+            looked_ahead = (number + 1).saturating_sub(ahead);
+            prefetch(&layers[looked_ahead..=number], &open).await;
+            ahead = (ahead * 2).min(MOST_AHEAD);
+        }
         let number = u16::try_from(number).expect("a stack has at most MAX_LAYERS layers");
-        let mut beneath = Vec::new();
         let disk = whole_disk(layer.virtual_size());
-        for range in open {
-            // Past the end of a layer that is shorter than those above nothing shows through, not even what lies deeper.
-            let past = GuestRange::between(range.start.max(disk.end()), range.end());
-            if !past.is_empty() {
-                found.push(Piece { range: past, place: Place::Zero { layer: number } });
-            }
-            let inside = range.intersection(disk);
-            if inside.is_empty() {
+        for extent in map_open(layer, disk, &open).await? {
+            if place(extent.mapping, number).is_none() {
                 continue;
             }
-            extents.clear();
-            layer.map(inside, &mut extents).await?;
-            for extent in extents.as_slice() {
-                let place = match extent.mapping {
-                    Mapping::Unallocated => {
-                        beneath.push(extent.range);
-                        continue;
-                    }
-                    Mapping::Zero => Place::Zero { layer: number },
-                    Mapping::Data { host, in_place } => Place::Data { layer: number, host, in_place },
-                    Mapping::Compressed => Place::Compressed { layer: number },
-                };
-                found.push(Piece { range: extent.range, place });
+            for hit in take_out(&mut open, extent.range) {
+                found.extend(place(extent.clip(hit).mapping, number).map(|place| Piece { range: hit, place }));
             }
         }
-        open = beneath;
+        // Past the end of a layer that is shorter than those above nothing shows through, not even what lies deeper.
+        let past = take_out(&mut open, GuestRange::between(disk.end(), range.end().max(disk.end())));
+        found.extend(past.into_iter().map(|range| Piece { range, place: Place::Zero { layer: number } }));
         if open.is_empty() {
             break;
         }
@@ -197,6 +191,56 @@ pub(super) async fn walk<E: Environment>(layers: &[Arc<Layer<E>>], range: GuestR
         push_piece(pieces, piece);
     }
     Ok(())
+}
+
+/// The place that a layer's mapping means, if that decides.
+fn place(mapping: Mapping, layer: u16) -> Option<Place> {
+    match mapping {
+        Mapping::Unallocated => None,
+        Mapping::Zero => Some(Place::Zero { layer }),
+        Mapping::Data { host, in_place } => Some(Place::Data { layer, host, in_place }),
+        Mapping::Compressed => Some(Place::Compressed { layer }),
+    }
+}
+
+/// A layer's mappings of the ranges in `open`, which may be many: of all from the first to the last at once if that makes sense. Where it does not,
+/// what is wrong may be something that nobody looks for.
+async fn map_open<E: Environment>(layer: &Layer<E>, disk: GuestRange, open: &[GuestRange]) -> Result<Vec<Extent>, LayerError> {
+    let ([first, ..], [.., last]) = (open, open) else { return Ok(Vec::new()) };
+    let mut extents = ExtentList::new();
+    if layer.map(GuestRange::between(first.start, last.end()).intersection(disk), &mut extents).await.is_ok() {
+        return Ok(extents.as_slice().to_vec());
+    }
+    let mut all = Vec::new();
+    for range in open {
+        extents.clear();
+        layer.map(range.intersection(disk), &mut extents).await?;
+        all.extend_from_slice(extents.as_slice());
+    }
+    Ok(all)
+}
+
+/// Takes what `range` covers out of the ranges in `open`, which are in order, and returns it.
+fn take_out(open: &mut Vec<GuestRange>, range: GuestRange) -> SmallVec<[GuestRange; 2]> {
+    if range.is_empty() {
+        return SmallVec::new();
+    }
+    let first = open.partition_point(|piece| piece.end() <= range.start);
+    let last = first + open[first..].partition_point(|piece| piece.start < range.end());
+    let touched = &open[first..last];
+    let ([begin, ..], [.., end]) = (touched, touched) else { return SmallVec::new() };
+    let rest = [(begin.start, range.start), (range.end(), end.end())].into_iter().filter(|(from, to)| from < to);
+    let hits = touched.iter().map(|piece| piece.intersection(range)).collect();
+    open.splice(first..last, rest.map(|(from, to)| GuestRange::between(from, to)));
+    hits
+}
+
+/// Reads at the same time what some layers will be asked for next.
+async fn prefetch<E: Environment>(layers: &[Arc<Layer<E>>], open: &[GuestRange]) {
+    if let ([_, _, ..], [first, ..], [.., last]) = (layers, open, open) {
+        let range = GuestRange::between(first.start, last.end());
+        join_all(layers.iter().map(|layer| layer.prefetch(range))).await;
+    }
 }
 
 /// Runs transfers at the same time, to the end of each: one that went on after its request had failed could still change what the buffer or
@@ -213,4 +257,39 @@ pub(super) fn position(range: GuestRange, at: GuestOffset) -> usize {
 /// The length of a range whose bytes are in memory.
 pub(super) fn buffer_len(range: GuestRange) -> usize {
     usize::try_from(range.len).expect("the length of a buffer that exists")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> GuestRange {
+        GuestRange::between(GuestOffset::new(start), GuestOffset::new(end))
+    }
+
+    /// Every range of ten units out of every set of them, beside a list of flags.
+    #[test]
+    fn what_is_taken_out_is_what_was_there() {
+        const UNITS: u64 = 10;
+        let ranges_of = |flags: u32| {
+            let mut ranges: Vec<GuestRange> = Vec::new();
+            for unit in (0..UNITS).filter(|unit| flags >> unit & 1 != 0) {
+                match ranges.last_mut() {
+                    Some(last) if last.end().get() == unit => last.len += 1,
+                    _ => ranges.push(range(unit, unit + 1)),
+                }
+            }
+            ranges
+        };
+        for flags in 0..1 << UNITS {
+            for start in 0..=UNITS {
+                for end in start..=UNITS {
+                    let covered = (start..end).fold(0, |covered, unit| covered | 1 << unit);
+                    let mut open = ranges_of(flags);
+                    let hits = take_out(&mut open, range(start, end));
+                    assert_eq!((open, hits.to_vec()), (ranges_of(flags & !covered), ranges_of(flags & covered)), "{flags:b} {start} {end}");
+                }
+            }
+        }
+    }
 }
