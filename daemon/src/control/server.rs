@@ -1,5 +1,6 @@
 //! The socket and its connections.
 
+use std::fmt;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,8 @@ const BACKLOG: i32 = 128;
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// The patience with a request that does not end: for slow hands, and against programs that hold their connection for ever.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// Least time between two lines in the log about refused connections.
+const REFUSALS_APART: Duration = Duration::from_secs(1);
 /// How long [`Server::stop`] waits for the connections. They themselves give up earlier.
 const STOP_WAIT: Duration = Duration::from_secs(3);
 
@@ -124,7 +127,7 @@ impl Server {
         let (listener, file) = open(&path)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
         let shared = Arc::new(Shared { connections: Mutex::default(), ended: Condvar::new(), stop });
-        let acceptor = Acceptor { listener, options, commands, events, shared: shared.clone() };
+        let acceptor = Acceptor { listener, options, commands, events, shared: shared.clone(), refusals: Refusals::default() };
         let acceptor = thread::Builder::new().name("control".to_owned()).spawn(move || acceptor.run()).map_err(failed)?;
         Ok(Self { shared, acceptor: Some(acceptor), file: Some(file) })
     }
@@ -187,10 +190,11 @@ struct Acceptor {
     commands: Arc<dyn Commands>,
     events: Events,
     shared: Arc<Shared>,
+    refusals: Refusals,
 }
 
 impl Acceptor {
-    fn run(self) {
+    fn run(mut self) {
         loop {
             let mut fds = [PollFd::new(&self.shared.stop, PollFlags::IN), PollFd::new(&self.listener, PollFlags::IN)];
             match poll(&mut fds, None) {
@@ -225,30 +229,31 @@ impl Acceptor {
         let _ = poll(&mut [PollFd::new(&self.shared.stop, PollFlags::IN)], Some(&timeout));
     }
 
-    fn accepted(&self, stream: UnixStream) {
+    fn accepted(&mut self, stream: UnixStream) {
         let peer = match Peer::of(&stream) {
             Ok(peer) => peer,
             Err(error) => {
-                tracing::warn!(event = "control_refused", %error, "cannot learn who connects to the control socket");
+                self.refused(None, &format_args!("cannot learn who connects to the control socket: {error}"));
                 return;
             }
         };
         if !self.options.admits(peer.uid) {
-            tracing::warn!(event = "control_refused", uid = peer.uid, pid = peer.pid, "this user may not use the control socket");
+            self.refused(Some(peer), &"this user may not use the control socket");
             refuse(&stream, format_args!("user {} may not use this control socket; only the daemon's own user and root may", peer.uid));
             return;
         }
         let mut connections = self.shared.connections();
         if connections.len() >= self.options.max_connections {
             drop(connections);
-            tracing::warn!(event = "control_refused", uid = peer.uid, pid = peer.pid, "too many control connections");
+            self.refused(Some(peer), &"too many control connections");
             refuse(&stream, format_args!("there are {} control connections already; close one", self.options.max_connections));
             return;
         }
         let outbox = match Outbox::new() {
             Ok(outbox) => Arc::new(outbox),
             Err(error) => {
-                tracing::warn!(event = "control_refused", %error, "no file descriptor for a control connection");
+                drop(connections);
+                self.refused(Some(peer), &format_args!("no file descriptor for a control connection: {error}"));
                 return;
             }
         };
@@ -264,13 +269,40 @@ impl Acceptor {
             }
         };
         if let Err(error) = thread::Builder::new().name("control client".to_owned()).spawn(body) {
-            tracing::warn!(event = "control_refused", %error, "no thread for a control connection");
+            self.refused(Some(peer), &format_args!("no thread for a control connection: {error}"));
+        }
+    }
+
+    /// Tells the log, but not of each of many: anybody may try as often as they like.
+    fn refused(&mut self, peer: Option<Peer>, cause: &dyn fmt::Display) {
+        if let Some(unsaid) = self.refusals.admit(Instant::now()) {
+            let (uid, pid) = (peer.map(|peer| peer.uid), peer.map(|peer| peer.pid));
+            tracing::warn!(event = "control_refused", uid, pid, %cause, unsaid, "control connection refused; unsaid: others before it");
         }
     }
 }
 
+/// What the log has heard of refused connections.
+#[derive(Debug, Default)]
+struct Refusals {
+    last_said: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Refusals {
+    /// Whether to speak of one that is refused now: then how many there were since the last time.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        if self.last_said.is_some_and(|said| now.duration_since(said) < REFUSALS_APART) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.last_said = Some(now);
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
 /// Tells a client why it is not served. A client that does not take even that hears nothing.
-fn refuse(stream: &UnixStream, why: std::fmt::Arguments<'_>) {
+fn refuse(stream: &UnixStream, why: fmt::Arguments<'_>) {
     let line = encode::answer(Err(Failure::generic(why)), None);
     let _ = stream.set_nonblocking(true).and_then(|()| io::Write::write(&mut &*stream, &line));
 }
@@ -300,5 +332,18 @@ mod tests {
         assert!(options.admits(own) && options.admits(0) && !options.admits(stranger) && !options.admits(u32::MAX));
         options.allowed_uids.push(stranger);
         assert!(options.admits(stranger) && !options.admits(stranger + 1));
+    }
+
+    #[test]
+    fn the_log_hears_of_refusals_once_in_a_while_and_how_many_there_were() {
+        let start = Instant::now();
+        let mut refusals = Refusals::default();
+        let heard: Vec<_> = (0..2500).map(|millisecond| refusals.admit(start + Duration::from_millis(millisecond))).collect();
+        let expected = |millisecond| match millisecond {
+            0 => Some(0),
+            1000 | 2000 => Some(999),
+            _ => None,
+        };
+        assert_eq!(heard, (0..2500).map(expected).collect::<Vec<_>>());
     }
 }
