@@ -3,6 +3,7 @@
 # make sim     the whole daemon in a simulation, as many runs as SEEDS says
 # make build   the programs, optimised
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot; how fast it is beside others
+# make bench-full the same for longer, and large requests and chains of up to a thousand layers: about an hour
 # make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz), address sanitizer included
 # make mutants whether the tests notice small changes of the code that writes in order, and of the fence (cargo-mutants; docs/mutants.md)
 # make coverage how many lines of image formats, fence and queues the faster tests reach (cargo-llvm-cov)
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test sim build bench fuzz mutants coverage guest install install-fuzzer fmt fmt-check lint doc clean
+.PHONY: demo test sim build bench bench-full fuzz mutants coverage guest install install-fuzzer fmt fmt-check lint doc clean
 
 # Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -46,6 +47,13 @@ bench: install
 	@$(TARGET)/release/lookup
 	@$(TARGET)/release/daemon
 	@$(TARGET)/release/compare --output $(TARGET)/bench $(BENCH_ARGUMENTS)
+
+bench-full: install
+	@cargo build --release --package snapfence-benches --package snapfenced --bins
+	@$(TARGET)/release/lookup
+	@$(TARGET)/release/daemon
+	@$(TARGET)/release/compare --suites throughput,sequential,snapshots,chains --blocks 15 --seconds 2 --snapshots 1000 --devices 1,2,4,16 \
+		--output $(TARGET)/bench $(BENCH_ARGUMENTS)
 
 fuzz: install-fuzzer
 	@tests/fuzz.sh

@@ -1,7 +1,7 @@
 //! What a load came to.
 
 use std::io::{self, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
@@ -33,6 +33,8 @@ pub struct LogEntry {
 pub struct Report {
     job: Job,
     elapsed: Duration,
+    /// When the time began that is measured.
+    pub start: Instant,
     /// Nanoseconds.
     reads: Histogram<u64>,
     writes: Histogram<u64>,
@@ -48,15 +50,15 @@ const PERCENTILES: [f64; 17] = [1.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70
 impl Report {
     pub(super) fn new(job: Job) -> Self {
         let histogram = || Histogram::new_with_bounds(1, LONGEST, 3).expect("bounds that make sense");
-        Self { job, elapsed: Duration::ZERO, reads: histogram(), writes: histogram(), log: Vec::new() }
+        Self { job, elapsed: Duration::ZERO, start: Instant::now(), reads: histogram(), writes: histogram(), log: Vec::new() }
     }
 
     pub(super) fn count(&mut self, direction: Direction, latency: Duration) {
         self.histogram_mut(direction).saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX).max(1));
     }
 
-    pub(super) fn finish(&mut self, elapsed: Duration) {
-        self.elapsed = elapsed;
+    pub(super) fn finish(&mut self, start: Instant, elapsed: Duration) {
+        (self.start, self.elapsed) = (start, elapsed);
     }
 
     fn histogram_mut(&mut self, direction: Direction) -> &mut Histogram<u64> {

@@ -10,7 +10,7 @@ use super::target::Engine;
 use super::{Job, Pattern, Target};
 
 /// A request that has been given up on has not come back by then.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Which blocks come next.
 struct Order {
@@ -99,7 +99,7 @@ impl Run<'_> {
             self.engine.complete(Some(wait.max(Duration::from_micros(1))), &mut done)?;
             self.end(&mut done, start..end);
         }
-        self.report.finish(self.job.measured());
+        self.report.finish(start, self.job.measured());
         let limit = Instant::now() + PATIENCE;
         while self.free.len() < self.job.slots() {
             ensure!(Instant::now() < limit, "{} requests do not come back", self.job.slots() - self.free.len());

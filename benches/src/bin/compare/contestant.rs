@@ -5,6 +5,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use snapfence::client::{Client, ClientError};
 use snapfence_benches::load::Target;
 
 use super::command;
@@ -13,6 +15,8 @@ use super::machine::{on_processor, ticks_to_time};
 /// What is not ready by then never is.
 const PATIENCE: Duration = Duration::from_secs(30);
 const QSD: &str = "qemu-storage-daemon";
+/// Name of the control socket in a contestant's folder.
+const CONTROL: &str = "control";
 
 /// Who it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +48,11 @@ impl Kind {
         }
     }
 
+    /// The name for a folder.
+    pub(super) fn folder(self) -> String {
+        self.name().replace([' ', ','], "-")
+    }
+
     /// The name with the version.
     pub(super) fn describe(&self) -> String {
         let version = || {
@@ -58,27 +67,47 @@ impl Kind {
     }
 }
 
-/// One of them, with a disk.
+/// An image to be served.
+#[derive(Clone, Debug)]
+pub(super) struct Disk {
+    pub(super) image: PathBuf,
+    pub(super) format: &'static str,
+}
+
+/// One of them, with its disks.
 #[derive(Debug)]
 pub(super) struct Contestant {
     kind: Kind,
-    target: Target,
+    folder: PathBuf,
+    targets: Vec<Target>,
     server: Option<Child>,
 }
 
 impl Contestant {
     /// Lets it serve a disk of `bytes` bytes in `folder`, all of which are allocated.
-    pub(super) fn start(kind: Kind, folder: &Path, format: &str, bytes: u64) -> Result<Self> {
-        let folder = folder.join(kind.name().replace([' ', ','], "-"));
+    pub(super) fn start(kind: Kind, folder: &Path, format: &'static str, bytes: u64) -> Result<Self> {
+        let folder = folder.join(kind.folder());
         std::fs::create_dir(&folder)?;
         let image = image(&folder, format, bytes)?;
-        let socket = folder.join("socket");
-        let mut server = match kind {
-            Kind::IoUring => return Ok(Self { kind, target: Target::File(image), server: None }),
+        Self::serve(kind, &folder, &[Disk { image, format }], true)
+    }
+
+    /// Lets it serve some disks from one process, each with a queue; `folder` is for what it needs besides. `in_thread`: exports of
+    /// qemu-storage-daemon have a thread of their own besides the main loop.
+    pub(super) fn serve(kind: Kind, folder: &Path, disks: &[Disk], in_thread: bool) -> Result<Self> {
+        let sockets: Vec<PathBuf> = (0..disks.len()).map(|number| folder.join(format!("{number}.sock"))).collect();
+        let server = match kind {
+            Kind::IoUring => {
+                let targets = disks.iter().map(|disk| Target::File(disk.image.clone())).collect();
+                return Ok(Self { kind, folder: folder.to_owned(), targets, server: None });
+            }
             Kind::Snapfence | Kind::SnapfenceSleeping => {
                 let mut server = Command::new(snapfenced()?);
-                server.arg("--control").arg(folder.join("control")).arg("--state-dir").arg(folder.join("state"));
-                server.arg("--device").arg(format!("name=disk,image={},format={format},socket={}", image.display(), socket.display()));
+                server.arg("--control").arg(folder.join(CONTROL)).arg("--state-dir").arg(folder.join("state"));
+                for (number, (Disk { image, format }, socket)) in disks.iter().zip(&sockets).enumerate() {
+                    let device = format!("name=disk{number},image={},format={format},socket={}", image.display(), socket.display());
+                    server.arg("--device").arg(device);
+                }
                 if kind == Kind::SnapfenceSleeping {
                     server.args(["--poll-max-us", "0"]);
                 }
@@ -86,35 +115,78 @@ impl Contestant {
             }
             Kind::Qsd => {
                 let mut server = Command::new(QSD);
-                server.args(["--object", "iothread,id=thread", "--blockdev"]);
-                server.arg(format!("driver=file,filename={},node-name=file,aio=io_uring,cache.direct=on", image.display()));
-                server.arg("--blockdev").arg(format!("driver={format},file=file,node-name=disk"));
-                server.arg("--export").arg(format!(
-                    "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,iothread=thread",
-                    socket.display()
-                ));
+                server.arg("--chardev").arg(format!("socket,id=control,path={},server=on,wait=off", folder.join(CONTROL).display()));
+                server.args(["--monitor", "chardev=control", "--object", "iothread,id=thread"]);
+                let thread = if in_thread { ",iothread=thread" } else { "" };
+                for (number, (Disk { image, format }, socket)) in disks.iter().zip(&sockets).enumerate() {
+                    let file = format!("driver=file,filename={},node-name=file{number},aio=io_uring,cache.direct=on", image.display());
+                    server.arg("--blockdev").arg(file);
+                    server.arg("--blockdev").arg(format!("driver={format},file=file{number},node-name=disk{number}"));
+                    server.arg("--export").arg(format!(
+                        "type=vhost-user-blk,id=export{number},node-name=disk{number},addr.type=unix,addr.path={},writable=on{thread}",
+                        socket.display()
+                    ));
+                }
                 server
             }
         };
+        Self::launch(kind, folder, server, sockets)
+    }
+
+    fn launch(kind: Kind, folder: &Path, mut server: Command, sockets: Vec<PathBuf>) -> Result<Self> {
         let log = folder.join("log");
         server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(&log)?);
-        let server = on_processor(1, || Ok(server.spawn()?))?;
-        let mut contestant = Self { kind, target: Target::VhostUser(socket.clone()), server: Some(server) };
+        let server = Some(on_processor(1, || server.spawn().with_context(|| format!("{} cannot be started", kind.name())))?);
+        let targets = sockets.iter().cloned().map(Target::VhostUser).collect();
+        let mut contestant = Self { kind, folder: folder.to_owned(), targets, server };
         let limit = Instant::now() + PATIENCE;
-        while !socket.exists() {
+        while !sockets.iter().all(|socket| socket.exists()) {
             let ended = contestant.server.as_mut().and_then(|server| server.try_wait().transpose()).transpose()?;
             ensure!(ended.is_none() && Instant::now() < limit, "{} does not start: {}", kind.name(), std::fs::read_to_string(&log)?);
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(1));
         }
         Ok(contestant)
+    }
+
+    /// A connection to its control socket, which speaks the same protocol for all of them.
+    pub(super) fn control(&self) -> Result<Client> {
+        let path = self.folder.join(CONTROL);
+        let limit = Instant::now() + PATIENCE;
+        loop {
+            match Client::connect(&path) {
+                // It may come after the disks.
+                Err(ClientError::NoDaemon { .. }) if Instant::now() < limit => std::thread::sleep(Duration::from_millis(1)),
+                outcome => return outcome.with_context(|| format!("{} at {}", self.kind.name(), path.display())),
+            }
+        }
+    }
+
+    /// Its process, if it has one of its own.
+    pub(super) fn process(&self) -> Option<Pid> {
+        self.server.as_ref().map(Pid::from_child)
+    }
+
+    /// Resident memory of the server in bytes.
+    pub(super) fn resident(&self) -> Result<Option<u64>> {
+        let Some(server) = &self.server else { return Ok(None) };
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS in a process's status")?;
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(Some(kib << 10))
     }
 
     pub(super) fn kind(&self) -> Kind {
         self.kind
     }
 
+    /// The first of its disks.
     pub(super) fn target(&self) -> &Target {
-        &self.target
+        &self.targets[0]
+    }
+
+    /// All of its disks.
+    pub(super) fn targets(&self) -> &[Target] {
+        &self.targets
     }
 
     /// Processor time that the server has had, its kernel threads included.
@@ -130,7 +202,7 @@ impl Contestant {
     /// Ends it in good order.
     pub(super) fn stop(mut self) -> Result<()> {
         let Some(mut server) = self.server.take() else { return Ok(()) };
-        rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::TERM)?;
+        kill_process(Pid::from_child(&server), Signal::TERM)?;
         let status = server.wait()?;
         ensure!(status.success(), "{} ends with {status}", self.kind.name());
         Ok(())
@@ -148,7 +220,7 @@ impl Drop for Contestant {
 }
 
 /// Makes an image that has all of its bytes.
-fn image(folder: &Path, format: &str, bytes: u64) -> Result<PathBuf> {
+pub(super) fn image(folder: &Path, format: &str, bytes: u64) -> Result<PathBuf> {
     let raw = folder.join("disk.raw");
     let mut file = std::fs::File::create(&raw)?;
     let mut pattern = std::io::Read::take(std::io::repeat(0x5a), bytes);

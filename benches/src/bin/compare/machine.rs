@@ -1,5 +1,6 @@
 //! What is measured on, and what disturbs it.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -53,4 +54,11 @@ pub(super) fn on_processor<T>(processor: usize, work: impl FnOnce() -> Result<T>
     let outcome = work();
     sched_setaffinity(None, &before)?;
     outcome
+}
+
+/// Whether a folder's files lie in memory.
+pub(super) fn lies_in_memory(folder: &Path) -> Result<bool> {
+    let kind = rustix::fs::statfs(folder).with_context(|| folder.display().to_string())?.f_type;
+    // tmpfs and ramfs, by linux/magic.h.
+    Ok([0x0102_1994, 0x8584_58f6].contains(&(kind.cast_unsigned() & 0xffff_ffff)))
 }

@@ -2,77 +2,56 @@
 
 use std::fmt::Write as _;
 
-use super::{Cell, Report};
+use super::machine::Machine;
+use super::plot;
+use super::report::{Part, Section};
 
-const COLOURS: [&str; 4] = ["#0b6e4f", "#7fb69a", "#c44536", "#5c677d"];
-const BAR: f64 = 360.0;
+const STYLE: &str = "body{font:15px/1.4 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;font-size:13px}\
+    td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}\
+    svg text{font:12px sans-serif}h3{margin:2em 0 .3em}";
 
-/// All cells as bars, with the figures in a table below.
-pub(super) fn page(report: &Report) -> String {
-    let mut page = String::from(
-        "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>snapfence compared</title>\n<style>body{font:15px/1.4 sans-serif;\
-         max-width:60em;margin:2em auto}table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .7em;text-align:right;border-bottom:1px \
-         solid #ddd}td:first-child,th:first-child{text-align:left}text{font:12px sans-serif}</style>\n<h1>snapfence compared</h1>\n",
+/// All sections, one after the other.
+pub(super) fn page(machine: &Machine, contestants: &[String], sections: &[Section]) -> String {
+    let mut page = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>snapfence compared</title>\n<style>{STYLE}</style>\n\
+         <h1>snapfence compared</h1>\n"
     );
-    let machine = &report.machine;
-    let contestants = report.contestants.iter().map(|name| escape(name)).collect::<Vec<_>>().join("; ");
     // Writing to a string cannot fail.
     let _ = writeln!(
         page,
-        "<p>{} processors ({}), {} GiB, Linux {}. {contestants}. Requests of 4 KiB, one queue, blocks of {} s in turns, medians; ratios with \
-         95 % intervals from resampling.</p>",
+        "<p>{} processors ({}), {} GiB, Linux {}. {}.</p>",
         machine.processors,
         escape(&machine.processor),
         machine.memory_gib,
         escape(&machine.kernel),
-        report.block_seconds
+        contestants.iter().map(|name| escape(name)).collect::<Vec<_>>().join("; ")
     );
-    for cell in &report.cells {
-        bars(&mut page, cell);
+    for section in sections {
+        let _ = writeln!(page, "<h2>{}</h2>\n<p>{}</p>", escape(section.title), escape(&section.method));
+        section.parts.iter().for_each(|part| show(&mut page, part));
     }
     page.push_str("</html>\n");
     page
 }
 
-fn bars(page: &mut String, cell: &Cell) {
-    let title = format!("{:?}, {}, {:?}, depth {}", cell.medium, cell.image, cell.rw, cell.iodepth).to_lowercase();
-    let most = cell.entries.iter().map(|entry| entry.iops).fold(1.0, f64::max);
-    let height = cell.entries.len() * 22 + 4;
-    let _ = writeln!(page, "<h2>{title}</h2>\n<svg width=\"720\" height=\"{height}\" role=\"img\" aria-label=\"{title}\">");
-    for (row, (entry, colour)) in cell.entries.iter().zip(COLOURS).enumerate() {
-        let (y, width) = (row * 22, entry.iops / most * BAR);
-        let _ = writeln!(
-            page,
-            "<text x=\"0\" y=\"{}\">{}</text><rect x=\"170\" y=\"{y}\" width=\"{width:.1}\" height=\"18\" fill=\"{colour}\"/>\
-             <text x=\"{:.1}\" y=\"{}\">{:.0}/s</text>",
-            y + 14,
-            escape(&entry.contestant),
-            176.0 + width,
-            y + 14,
-            entry.iops
-        );
+fn show(page: &mut String, part: &Part) {
+    let _ = writeln!(page, "<h3>{}</h3>", escape(&part.title));
+    for plot in &part.plots {
+        let _ = writeln!(page, "<div>{}</div>", plot::svg(plot, &part.title));
     }
-    page.push_str(
-        "</svg>\n<table><tr><th></th><th>requests/s</th><th>p50 &micro;s</th><th>p99 &micro;s</th><th>CPU &micro;s a request</th>\
-         <th>snapfence is</th><th>blocks (disturbed)</th></tr>\n",
-    );
-    for entry in &cell.entries {
-        let cpu = entry.cpu_us.map_or_else(|| "&ndash;".to_owned(), |cpu| format!("{cpu:.2}"));
-        let ratio = entry.snapfence_ratio.map_or_else(String::new, |ratio| ratio.to_string());
-        let _ = writeln!(
-            page,
-            "<tr><td>{}</td><td>{:.0}</td><td>{:.1}</td><td>{:.1}</td><td>{cpu}</td><td>{ratio}</td><td>{} ({})</td></tr>",
-            escape(&entry.contestant),
-            entry.iops,
-            entry.p50_us,
-            entry.p99_us,
-            entry.blocks,
-            entry.disturbed
-        );
+    let row = |page: &mut String, tag: &str, cells: &mut dyn Iterator<Item = &str>| {
+        let cells: String = cells.map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect();
+        let _ = writeln!(page, "<tr>{cells}</tr>");
+    };
+    page.push_str("<table>\n");
+    row(page, "th", &mut part.head.iter().copied());
+    for cells in &part.rows {
+        row(page, "td", &mut cells.iter().map(String::as_str));
     }
     page.push_str("</table>\n");
 }
 
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+/// Text as it stands in a page.
+pub(super) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

@@ -32,6 +32,17 @@ pub(super) fn median(values: &[f64]) -> f64 {
     if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] }
 }
 
+/// The least value that so many percent of the values do not exceed.
+///
+/// # Panics
+/// If there are none.
+pub(super) fn percentile(values: &[f64], percent: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
+    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
 /// The median of `above` over that of `below`.
 ///
 /// # Panics
@@ -62,5 +73,12 @@ mod tests {
         let ratio = ratio(&[8.0, 9.0, 10.0, 11.0, 12.0], &[4.0, 5.0, 5.0, 5.0, 6.0]);
         assert_eq!(ratio.median, 2.0);
         assert!(ratio.low < 2.0 && ratio.high > 2.0 && ratio.low >= 8.0 / 6.0 && ratio.high <= 12.0 / 4.0, "{ratio}");
+    }
+
+    #[test]
+    fn percentiles_are_values_that_there_are() {
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!([0.0, 50.0, 99.0, 100.0].map(|percent| percentile(&values, percent)), [1.0, 100.0, 198.0, 200.0]);
+        assert_eq!(percentile(&[7.0], 99.0), 7.0);
     }
 }
