@@ -4,6 +4,7 @@
 # make build   the programs, optimised
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot; how fast it is beside others
 # make bench-full the same for longer, and large requests and chains of up to a thousand layers: about an hour
+# make guest-fio fio in a real guest, on three disks of ours and of qemu-storage-daemon in turns (benches/fio)
 # make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz), address sanitizer included
 # make mutants whether the tests notice small changes of the code that writes in order, and of the fence (cargo-mutants; docs/mutants.md)
 # make coverage how many lines of image formats, fence and queues the faster tests reach (cargo-llvm-cov)
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test sim build bench bench-full fuzz mutants coverage guest install install-fuzzer fmt fmt-check lint doc clean
+.PHONY: demo test sim build bench bench-full guest-fio fuzz mutants coverage guest install install-fuzzer fmt fmt-check lint doc clean
 
 # Debian keeps mke2fs, e2fsck, losetup and the like where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -24,6 +25,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
+GUEST_FIO_ARGUMENTS ?=
 SEEDS ?= 20000
 
 demo: install
@@ -54,6 +56,11 @@ bench-full: install
 	@$(TARGET)/release/daemon
 	@$(TARGET)/release/compare --suites throughput,sequential,snapshots,chains --blocks 15 --seconds 2 --snapshots 1000 --devices 1,2,4,16 \
 		--output $(TARGET)/bench $(BENCH_ARGUMENTS)
+
+guest-fio: install
+	@cargo build --release --package snapfence-benches --package snapfenced --package snapfence --bins
+	@tests/guest/build.sh
+	@$(TARGET)/release/guest-fio --output $(TARGET)/bench $(GUEST_FIO_ARGUMENTS)
 
 fuzz: install-fuzzer
 	@tests/fuzz.sh
