@@ -18,6 +18,11 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// Where fio and its job files are in the guest.
 const FOLDER: &str = "/run/fio";
 
+/// Has the guest flush. qemu-storage-daemon leaves the field of the cache in its configuration at 0, which says that every write is durable at once
+/// (VIRTIO 1.3, 5.2.5), although none is; a guest that believes it flushes nothing, and could not be compared with one that does.
+const FLUSH: &str = "for disk in /sys/block/vd*; do \
+    grep -q '^write back$' $disk/queue/write_cache || echo 'write back' >$disk/cache_type; cat $disk/queue/write_cache; done";
+
 /// How long a run takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Times {
@@ -54,6 +59,8 @@ impl Side {
         let backend = Backend::launch(kind, run.path(), &devices)?;
         let disks = devices.iter().map(|device| Disk::new(&device.socket, device.queues)).collect();
         let guest = Guest::boot(&Config { disks, ..Config::default() }, run.path()).with_context(|| format!("the guest of {name}"))?;
+        let caches = guest.run(FLUSH, PATIENCE)?;
+        ensure!(caches == "write back\n".repeat(devices.len()), "the guest of {name} would not flush: {caches}");
         let files = jobs.put(times.seconds, times.ramp_ms);
         guest.run(&format!("set -e; mkdir -p {FOLDER}; cd {FOLDER}\n{files}"), PATIENCE)?;
         Ok(Self { name, guest, backend, times, snapshots: 0, _run: run })
