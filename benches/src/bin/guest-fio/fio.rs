@@ -19,7 +19,7 @@ struct Latencies {
 struct Work {
     iops: f64,
     bytes_per_second: f64,
-    /// From submission to completion, of reads and writes.
+    /// From the beginning of submission to completion, of reads and writes.
     latencies: Latencies,
     /// Of flushes.
     flushes: Latencies,
@@ -54,7 +54,7 @@ impl Work {
             let part = &job[direction];
             work.iops += part["iops"].as_f64().context("fio gives no iops")?;
             work.bytes_per_second += part["bw_bytes"].as_f64().context("fio gives no bw_bytes")?;
-            work.latencies.add(&Latencies::read(&part["clat_ns"])?);
+            work.latencies.add(&Latencies::read(&part["lat_ns"])?);
         }
         work.flushes = Latencies::read(&job["sync"]["lat_ns"])?;
         Ok(work)
@@ -117,8 +117,8 @@ mod tests {
     fn job(error: u32) -> Value {
         serde_json::json!({
             "jobname": "vda", "error": error,
-            "read": { "iops": 100.0, "bw_bytes": 1 << 20, "clat_ns": { "max": 9000, "bins": { "1000": 90, "9000": 10 } } },
-            "write": { "iops": 50.0, "bw_bytes": 1 << 20, "clat_ns": { "max": 20000, "bins": { "20000": 100 } } },
+            "read": { "iops": 100.0, "bw_bytes": 1 << 20, "lat_ns": { "max": 9000, "bins": { "1000": 90, "9000": 10 } } },
+            "write": { "iops": 50.0, "bw_bytes": 1 << 20, "lat_ns": { "max": 20000, "bins": { "20000": 100 } } },
             "sync": { "total_ios": 0, "lat_ns": { "max": 0 } },
         })
     }

@@ -8,7 +8,8 @@ pub(crate) struct Figures {
     /// Requests a second.
     pub(crate) iops: f64,
     pub(crate) mib_per_second: f64,
-    /// Latencies of reads and writes from submission to completion in the guest, in microseconds.
+    /// Latencies of reads and writes in the guest, from the beginning of submission to completion, in microseconds: completion latency alone would
+    /// leave out the kick that a daemon which polls saves.
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
     pub(crate) longest_us: f64,
