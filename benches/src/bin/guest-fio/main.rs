@@ -143,7 +143,7 @@ fn setup(arguments: &Arguments, folder: &Path, sides: &[Side]) -> Result<Setup> 
     let first_line = |text: String| text.lines().next().unwrap_or_default().to_owned();
     let snapfenced = program("snapfenced")?;
     let snapfenced = snapfenced.to_str().context("the path of snapfenced is not UTF-8")?;
-    let file_system = tools::run("stat", ["--file-system".as_ref(), "--format=%T".as_ref(), folder.as_os_str()])?;
+    let file_system = tools::run("findmnt", ["-n".as_ref(), "-o".as_ref(), "FSTYPE".as_ref(), "-T".as_ref(), folder.as_os_str()])?;
     Ok(Setup {
         accelerator: sides[0].guest().accelerator().name(),
         processors: std::thread::available_parallelism()?.get(),
@@ -152,7 +152,7 @@ fn setup(arguments: &Arguments, folder: &Path, sides: &[Side]) -> Result<Setup> 
         qemu: first_line(tools::run("qemu-system-x86_64", ["--version"])?),
         snapfenced: first_line(tools::run(snapfenced, ["--version"])?),
         qemu_storage_daemon: qsd_version(),
-        file_system: file_system.trim().to_owned(),
+        file_system: first_line(file_system),
         disks: disks::DISKS.map(|(name, what)| format!("{name} {what}")).to_vec(),
         disk_mib: arguments.disk_mib,
         queues: arguments.queues,
