@@ -62,7 +62,7 @@ SNAPFENCE_SEEDS=200 try 60 -C--lib -C--test=handshake_shuttle -C--test=qcow2 -- 
 	--skip random:: --skip killed:: --skip torn:: --skip grow:: --skip threads::
 cp -r "$output/mutants.out" "$output/first"
 if [ -s "$output/first/missed.txt" ]; then
-	SNAPFENCE_SEEDS=10 SNAPFENCE_LENGTH=1 try 300 --iterate -C--test=crash_states -C--test=model -C--test=qcow2 -C--test=stack_raw -- -- \
+	SNAPFENCE_SEEDS=10 SNAPFENCE_LENGTH=1 try 900 --iterate -C--test=crash_states -C--test=model -C--test=qcow2 -C--test=stack_raw -- -- \
 		--skip a_seed_repeats_to_the_byte --skip killed:: --skip tables_written_over_others
 fi
 

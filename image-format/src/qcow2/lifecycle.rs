@@ -178,6 +178,7 @@ mod tests {
     use super::*;
     use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image};
     use crate::qcow2::{CreateOptions, OpenOptions};
+    use crate::storage::simulated::{Fault, FaultEffect, OperationKind};
     use crate::storage::{Access, CacheMode, Location, MemoryEnvironment, StorageExt};
     use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -253,5 +254,36 @@ mod tests {
             assert_eq!(frozen as u64, (opened + 4) << 16);
             assert!(frozen < ahead);
         });
+    }
+
+    #[test]
+    fn reserves_in_the_midst_of_a_frozen_image_are_holes() {
+        with_image(8, CreateOptions::standalone(64 << 20), async |disk, image| {
+            for cluster in 0..200 {
+                write(&image, cluster * 16).await;
+            }
+            // All but the last are given up, and after that made ready to be used again.
+            let range = GuestRange::new(GuestOffset::ZERO, 199 << 16);
+            image.discard(range, false, &|_| {}).await.expect("nothing beneath");
+            image.flush().await.expect("sound");
+            image.release(image.take_unmapped()).await.expect("sound");
+            image.inner.allocator().clear_ready();
+            image.inner.fill_up().await.expect("space");
+            let before = disk.allocated(SIMULATED_IMAGE).expect("there");
+            image.freeze(async {}).await.expect("sound");
+            let after = disk.allocated(SIMULATED_IMAGE).expect("there");
+            assert!(before > 100 << 16 && after < 10 << 16, "{before} bytes before, {after} after");
+        });
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_cut_is_frozen_only_if_it_never_could() {
+        for (error, freezes) in [(libc::EOPNOTSUPP, true), (libc::EIO, false)] {
+            with_image(9, CreateOptions::standalone(64 << 20), async move |disk, image| {
+                write(&image, 0).await;
+                disk.inject(Fault::lasting(OperationKind::SetLen, 0).with(FaultEffect::Error(error)));
+                assert_eq!(image.freeze(async {}).await.is_ok(), freezes, "error {error}");
+            });
+        }
     }
 }

@@ -184,10 +184,11 @@ impl<E: Environment> Inner<E> {
 mod tests {
     use futures_util::future::join_all;
 
+    use crate::extent::{ExtentList, Mapping};
     use crate::qcow2::CreateOptions;
     use crate::qcow2::testing::{SimulatedImage, with_image};
     use crate::storage::StorageExt;
-    use crate::storage::simulated::{OperationKind, SimulatedEnvironment};
+    use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment};
     use crate::units::{GuestOffset, GuestRange};
 
     async fn write(image: &SimulatedImage, at: u64) {
@@ -239,6 +240,34 @@ mod tests {
             assert_eq!(device_flushes(&disk, &image, 64).await, 2);
             write(&image, 0).await;
             assert_eq!(device_flushes(&disk, &image, 64).await, 3);
+        });
+    }
+
+    /// The file has older mappings then, and the cache of tables is small.
+    #[test]
+    fn what_a_failed_round_has_not_written_stays_in_memory() {
+        let options = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(64 << 20) };
+        with_image(3, options, async |disk, image| {
+            // A table of 512 bytes stands for 32 KiB of the disk.
+            for table in 0..500 {
+                write(&image, table * 32_768).await;
+            }
+            image.flush().await.expect("a sound disk");
+            image.inner.slices.set_budget(1);
+            write(&image, 512).await;
+            disk.inject(Fault::lasting(OperationKind::Flush, 0));
+            image.flush().await.expect_err("a failed flush");
+            let mapped = async |at: u64| {
+                let mut extents = ExtentList::new();
+                image.map(GuestRange::new(GuestOffset::new(at), 512), &mut extents).await.expect("readable");
+                extents.as_slice()[0].mapping
+            };
+            for _ in 0..2 {
+                for table in 1..500 {
+                    assert!(matches!(mapped(table * 32_768).await, Mapping::Data { .. }));
+                }
+            }
+            assert!(matches!(mapped(512).await, Mapping::Data { .. }), "the guest would see older bytes");
         });
     }
 }
