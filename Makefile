@@ -3,7 +3,7 @@
 # make sim     the whole daemon in a simulation, as many runs as SEEDS says
 # make build   the programs, optimised
 # make bench   what finding a place in a chain costs, at different depths; what the daemon costs, and a snapshot; how fast it is beside others
-# make bench-full the same for longer, and large requests and chains of up to a thousand layers: about an hour
+# make bench-full the same for longer, large requests, chains of up to a thousand layers, and fio in a guest: about two hours
 # make guest-fio fio in a real guest, on three disks of ours and of qemu-storage-daemon in turns (benches/fio)
 # make fuzz    what strangers may hand to the programs, made up by libFuzzer, TIME=60 seconds for each kind (tests/fuzz), address sanitizer included
 # make mutants whether the tests notice small changes of the code that writes in order, and of the fence (cargo-mutants; docs/mutants.md)
@@ -56,6 +56,7 @@ bench-full: install
 	@$(TARGET)/release/daemon
 	@$(TARGET)/release/compare --suites throughput,sequential,snapshots,chains --blocks 15 --seconds 2 --snapshots 1000 --devices 1,2,4,16 \
 		--output $(TARGET)/bench $(BENCH_ARGUMENTS)
+	@$(MAKE) guest-fio
 
 guest-fio: install
 	@cargo build --release --package snapfence-benches --package snapfenced --package snapfence --bins
