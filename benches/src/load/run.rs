@@ -170,6 +170,10 @@ mod tests {
         let [read, write] = ["read", "write"].map(|kind| shown["jobs"][0][kind]["total_ios"].as_u64().expect("a number"));
         assert_eq!((read, write, report.log.len() as u64), (0, report.requests(), report.requests()));
         assert!(write >= 8, "{write}");
+        let latency = &shown["jobs"][0]["write"]["clat_ns"];
+        assert_eq!(latency["N"].as_u64(), Some(write));
+        let [median, most] = ["50.000000", "99.990000"].map(|percent| latency["percentile"][percent].as_u64().expect("a number"));
+        assert!(0 < median && median <= most, "{latency}");
         let mut log = Vec::new();
         report.write_log(&mut log).expect("memory");
         assert_eq!(log.iter().filter(|byte| **byte == b'\n').count() as u64, write);
