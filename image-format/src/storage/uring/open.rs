@@ -1,7 +1,7 @@
 //! Opening a file and finding out what it is: calls that wait for whoever serves it, for threads of their own.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
@@ -30,12 +30,12 @@ pub(super) fn file(at: &Location, access: Access, cache: CacheMode) -> io::Resul
     // Neither a FIFO without a writer nor a terminal may have an effect on us before we have seen what it is.
     let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
     let fd = match at {
-        Location::Trusted(path) => open(CWD, path, flags, mode, ResolveFlags::empty())?,
+        Location::Trusted(path) => open(path, flags, mode)?,
         Location::Beneath { directory, name } => {
-            let directory = open(CWD, directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty(), ResolveFlags::empty())?;
+            let directory = open(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
             // It stays beneath the directory, and passes no link of any kind.
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-            open(directory.as_fd(), name, flags, mode, resolve)?
+            retry_on_intr(|| rustix::fs::openat2(&directory, name, flags | OFlags::CLOEXEC, mode, resolve))?
         }
     };
     let facts = retry_on_intr(|| rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, FACTS))?;
@@ -48,10 +48,9 @@ pub(super) fn file(at: &Location, access: Access, cache: CacheMode) -> io::Resul
 /// # Errors
 /// Whatever the system reports.
 pub(super) fn directory(path: &Path) -> io::Result<OwnedFd> {
-    open(CWD, path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty(), ResolveFlags::empty())
+    open(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
 }
 
-fn open(directory: impl AsFd, name: &Path, flags: OFlags, mode: Mode, resolve: ResolveFlags) -> io::Result<OwnedFd> {
-    let directory = directory.as_fd();
-    Ok(retry_on_intr(|| rustix::fs::openat2(directory, name, flags | OFlags::CLOEXEC, mode, resolve))?)
+fn open(name: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+    Ok(retry_on_intr(|| rustix::fs::openat(CWD, name, flags | OFlags::CLOEXEC, mode))?)
 }
