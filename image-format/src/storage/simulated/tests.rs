@@ -74,6 +74,29 @@ fn only_flushed_writes_survive_every_crash() {
     }
 }
 
+/// Sectors that could be seen before the write failed are in the cache like others.
+#[test]
+fn what_can_be_seen_of_a_failed_write_is_durable_after_a_flush() {
+    let mut seen = 0;
+    for seed in 0..200 {
+        let mut simulation = Simulation::new(seed);
+        let environment = simulation.environment().clone();
+        environment.put("/file", &[7; 4096]);
+        let inner = environment.clone();
+        simulation.block_on(async move {
+            let file = file(&inner, Access::Write).await;
+            file.set_len(8192).await.unwrap();
+            inner.set_space_limit(Some(inner.allocated("/file").unwrap()));
+            file.write(HostOffset::ZERO, Buffer::Owned(AlignedBuffer::copy_of(&[1; 8192]))).await.0.unwrap_err();
+            file.flush().await.unwrap();
+        });
+        let bytes = environment.bytes("/file").unwrap();
+        assert!(environment.crash().bytes("/file").unwrap() == bytes, "seed {seed}");
+        seen += usize::from(bytes.contains(&1));
+    }
+    assert!(seen > 0);
+}
+
 #[test]
 fn a_flush_covers_only_what_had_ended_when_it_began() {
     let mut lost = 0;

@@ -73,6 +73,8 @@ struct UnderWay {
     fault: Option<FaultEffect>,
     /// What a read that was stopped short has read.
     read: Vec<u8>,
+    /// Where sectors of a write begin that could be seen before its end.
+    shown: Vec<u64>,
     /// Changes below this number are what a flush covers.
     bound: u64,
     slot: Arc<Slot>,
@@ -173,8 +175,15 @@ impl World {
                 self.schedule(earlier, Event::Show(number));
             }
         }
-        let under_way =
-            UnderWay { action, path: path.to_owned(), fault, read: Vec::new(), bound: self.disk.next_change(), slot: Arc::clone(&slot) };
+        let under_way = UnderWay {
+            action,
+            path: path.to_owned(),
+            fault,
+            read: Vec::new(),
+            shown: Vec::new(),
+            bound: self.disk.next_change(),
+            slot: Arc::clone(&slot),
+        };
         self.under_way.insert(number, under_way);
         slot
     }
@@ -272,13 +281,19 @@ impl World {
 
     fn show(&mut self, number: u64) {
         let Some(UnderWay { action: Action::Write { inode, at, buffer }, .. }) = self.under_way.get(&number) else { return };
-        let bytes = bytes_of(buffer);
-        let len = self.disk.visible(*inode).len();
-        for (start, sector) in sectors(*at, &bytes) {
+        let (inode, at, bytes) = (*inode, *at, bytes_of(buffer));
+        let len = self.disk.visible(inode).len();
+        let mut shown = Vec::new();
+        for (start, sector) in sectors(at, &bytes) {
             // The length comes with the end only.
-            if start + sector.len() as u64 <= len && self.chance.happens(1, 2) {
-                self.disk.show(*inode, start, sector);
+            let is_chosen = start + sector.len() as u64 <= len && self.chance.happens(1, 2);
+            if is_chosen && self.admit_space(inode, start, sector.len() as u64).is_ok() {
+                self.disk.show(inode, start, sector);
+                shown.push(start);
             }
+        }
+        if let Some(under_way) = self.under_way.get_mut(&number) {
+            under_way.shown = shown;
         }
     }
 
@@ -294,7 +309,7 @@ impl World {
         if self.stop_short(number) {
             return None;
         }
-        let UnderWay { mut action, path, fault, read, bound, slot } = self.under_way.remove(&number)?;
+        let UnderWay { mut action, path, fault, read, shown, bound, slot } = self.under_way.remove(&number)?;
         let result = match fault {
             Some(FaultEffect::Error(errno)) => {
                 self.fail(&action, bound);
@@ -302,6 +317,12 @@ impl World {
             }
             Some(FaultEffect::Hang | FaultEffect::Short) | None => self.perform(&mut action, bound),
         };
+        if let (Action::Write { inode, at, buffer }, Err(_)) = (&action, &result) {
+            // What could be seen is in the cache although the write has failed, and goes to the medium with the next flush.
+            for (start, sector) in sectors(*at, &bytes_of(buffer)).filter(|(start, _)| shown.contains(start)) {
+                write(&mut self.disk, *inode, start, sector);
+            }
+        }
         if let Action::Read { buffer, .. } = &mut action
             && !read.is_empty()
         {
