@@ -109,6 +109,8 @@ pub(crate) struct Guest {
     pub(crate) wishes: u32,
     /// Commands whose answers the client has not seen.
     pub(crate) asked: Vec<(String, Answer)>,
+    /// Whether a snapshot is asked for and not answered yet.
+    pub(crate) awaits_snapshot: bool,
     pub(crate) completed: u64,
     /// Requests that have failed.
     pub(crate) errors: u64,
@@ -141,6 +143,7 @@ impl Guest {
             trace: Trace::new(shown),
             wishes: 0,
             asked: Vec::new(),
+            awaits_snapshot: false,
             completed: 0,
             errors: 0,
             disk_fails: false,
@@ -157,6 +160,7 @@ impl Guest {
     /// The daemon is gone. The guest sees nothing of that.
     pub(crate) fn daemon_gone(&mut self) {
         self.asked.clear();
+        self.awaits_snapshot = false;
         self.model.daemon_gone();
         for disk in &mut self.disks {
             disk.handles.clear();
@@ -374,6 +378,7 @@ pub(crate) struct QueueThread {
     worker: Rc<RefCell<Option<WorkerHandle<SimulatedEnvironment>>>>,
     /// Turns that it does not have, although it has work and has loaded its views.
     held_up: Rc<Cell<u64>>,
+    busy: Rc<Cell<bool>>,
     chance: Rc<RefCell<Chance>>,
 }
 
@@ -382,8 +387,8 @@ const MOST_HELD_UP: u64 = 48;
 
 impl QueueThread {
     pub(crate) fn new(executor: Executor, environment: SimulatedEnvironment, chance: Chance) -> Self {
-        let (awake, thread, worker, held_up) = Default::default();
-        Self { executor, environment, awake, thread, worker, held_up, chance: Rc::new(RefCell::new(chance)) }
+        let (awake, thread, worker, held_up, busy) = Default::default();
+        Self { executor, environment, awake, thread, worker, held_up, busy, chance: Rc::new(RefCell::new(chance)) }
     }
 
     /// Has a turn in the middle of one of another thread, if there is something to do.
@@ -391,6 +396,17 @@ impl QueueThread {
         if self.thread.try_borrow_mut().is_ok() && self.has_work() {
             self.clone().turn();
         }
+    }
+
+    /// As that, even if it was to be held up.
+    pub(crate) fn turn_at_once(&self) {
+        self.held_up.set(0);
+        self.turn_if_free();
+    }
+
+    /// Whether its last turn has left work: it is not parked, and keeps its views.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy.get()
     }
 
     fn attach(&self, device: &Arc<Device<SimulatedEnvironment>>, index: u16, domain: &Arc<FenceDomain>) -> QueueHandle {
@@ -417,6 +433,7 @@ impl SimulatedThread for QueueThread {
         }
         self.thread.borrow_mut().as_mut().expect("it has work").turn();
         let is_busy = self.awake.get();
+        self.busy.set(is_busy);
         let chance = &mut *self.chance.borrow_mut();
         if is_busy && chance.happens(1, 2) {
             self.held_up.set(chance.below(MOST_HELD_UP));

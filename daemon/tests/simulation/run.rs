@@ -42,6 +42,11 @@ const MOST_HANG: u64 = 20_000;
 /// Halves of syncs of the catalogue, and operations on the disk, after which a daemon ends in the midst of a turn, at most.
 const MOST_SYNCS: u64 = 60;
 const MOST_OPERATIONS: u64 = 600;
+/// The same halves from a switch on.
+const MOST_SYNCS_AFTER_SWITCH: u64 = 8;
+
+/// How often a queue thread is brought to work before a switch, in one life.
+const MOST_DELAYS: u32 = 6;
 
 /// What one run has come to.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -229,6 +234,7 @@ impl Life {
             guest.model.asked(&name, members);
             let answer = self.world.begin("snapshot-create", json!({ "name": name, "devices": devices, "deadline-ms": deadline_ms }));
             guest.asked.push((name.clone(), answer.clone()));
+            guest.awaits_snapshot = true;
             answer
         };
         // The guest is busy meanwhile.
@@ -244,7 +250,11 @@ impl Life {
             self.world.environment.sleep_until(self.world.environment.now() + nap).await;
         }
         let answered = answer.wait().await;
-        self.guest.borrow_mut().model.answered(&name);
+        {
+            let guest = &mut *self.guest.borrow_mut();
+            guest.awaits_snapshot = false;
+            guest.model.answered(&name);
+        }
         if is_full {
             self.world.environment.set_space_limit(None);
         }
@@ -342,7 +352,8 @@ impl Run {
             threads: threads.clone(),
             guest: Rc::downgrade(&self.guest),
             watched: Rc::clone(&watched),
-            end: Cell::new(end),
+            end: RefCell::new(end),
+            delays: Cell::new(MOST_DELAYS),
         };
         let seen = Rc::clone(&watched);
         let on_serve: OnServe = Rc::new(move |options, stack, domain| {
@@ -365,11 +376,13 @@ impl Run {
 
 /// Whether a daemon ends in the midst of a turn, and where.
 fn end_in_turn(chance: &mut Chance) -> Option<End> {
-    match chance.below(4) {
-        0 => Some((Moment::Elsewhere, chance.below(MOST_SYNCS))),
-        1 => Some((Moment::Operation, chance.below(MOST_OPERATIONS))),
-        _ => None,
-    }
+    let (at, most, after_switch) = match chance.below(6) {
+        0 => (Moment::Elsewhere, MOST_SYNCS, false),
+        1 => (Moment::Operation, MOST_OPERATIONS, false),
+        2 => (Moment::Elsewhere, MOST_SYNCS_AFTER_SWITCH, true),
+        _ => return None,
+    };
+    Some(End { at, after: chance.below(most), after_switch })
 }
 
 /// Runs a seed to its end.
@@ -393,6 +406,7 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
     }
     for _ in 0..1 + chance.below(2) {
         let end = end_in_turn(&mut chance);
+        let ends_after_switch = end.as_ref().is_some_and(|end| end.after_switch);
         let (mut threads, life) = run.begin(environment.clone(), end);
         let fails = chance.happens(1, 4);
         run.guest.borrow_mut().churns = chance.happens(1, 3);
@@ -403,7 +417,7 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
         // Or soon after a switch.
         let last_switch = chance.happens(1, 3).then(|| chance.below(2));
         let after_switch = chance.below(AFTER_SWITCH);
-        if last_switch.is_some() {
+        if last_switch.is_some() || ends_after_switch {
             steps = MOST_STEPS;
         }
         while steps > 0 && threads.simulation.step() {
