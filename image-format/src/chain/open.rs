@@ -369,26 +369,17 @@ async fn open_data_file<E: Environment>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qcow2::testing::plain_header;
     use crate::storage::MemoryEnvironment;
 
     const MEGABYTE: u64 = 1 << 20;
 
-    /// An empty qcow2 image of version 3 with clusters of 64 KiB, by qemu's docs/interop/qcow2.rst: header, refcount table, refcount block,
-    /// L1 table, one cluster each.
+    /// An empty qcow2 image: header, refcount table, refcount block, L1 table, one cluster each.
     fn image(backing: Option<(&str, Option<&str>)>) -> Vec<u8> {
         const CLUSTER: usize = 0x1_0000;
-        let mut bytes = vec![0; 4 * CLUSTER];
+        let mut bytes = plain_header();
+        bytes.resize(4 * CLUSTER, 0);
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
-        put(0, b"QFI\xfb");
-        put(4, &3_u32.to_be_bytes());
-        put(20, &16_u32.to_be_bytes());
-        put(24, &MEGABYTE.to_be_bytes());
-        put(36, &1_u32.to_be_bytes());
-        put(40, &0x3_0000_u64.to_be_bytes());
-        put(48, &0x1_0000_u64.to_be_bytes());
-        put(56, &1_u32.to_be_bytes());
-        put(96, &4_u32.to_be_bytes());
-        put(100, &104_u32.to_be_bytes());
         let mut at = 104;
         if let Some((name, format)) = backing {
             if let Some(format) = format {

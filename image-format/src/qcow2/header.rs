@@ -549,7 +549,6 @@ impl Header {
     }
 }
 
-/// Where in the first cluster the backing file's name is.
 /// Whether the first bytes of a longer cluster have everything in it that means something: header, extensions and the name of the backing file.
 fn is_complete(start: &[u8]) -> bool {
     let fields = Fields(start);
@@ -574,6 +573,7 @@ fn is_complete(start: &[u8]) -> bool {
     at <= start_len
 }
 
+/// Where in the first cluster the backing file's name is.
 fn backing_range(fields: &Fields<'_>, header_length: u32, cluster_bytes: u64) -> Result<Option<Range<usize>>, HeaderError> {
     let (offset, len) = (fields.u64(8), fields.u32(16));
     if offset == 0 {
@@ -703,23 +703,13 @@ fn text<'a>(data: &'a [u8], what: &'static str) -> Result<&'a str, HeaderError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qcow2::testing::{MemoryFile, run};
+    use crate::qcow2::testing::{MemoryFile, plain_header, run};
 
-    /// A first cluster of 64 KiB with an extension of so many bytes that means nothing to us, and the name of a backing file right after all
-    /// extensions, by qemu's docs/interop/qcow2.rst.
+    /// A first cluster with an extension of so many bytes that means nothing to us, and the name of a backing file right after all extensions, by
+    /// qemu's docs/interop/qcow2.rst.
     fn cluster(extension: usize, name: Option<&str>) -> Vec<u8> {
-        let mut bytes = vec![0; 1 << 16];
+        let mut bytes = plain_header();
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
-        put(0, &MAGIC);
-        put(4, &3_u32.to_be_bytes());
-        put(20, &16_u32.to_be_bytes());
-        put(24, &(1_u64 << 20).to_be_bytes());
-        put(36, &1_u32.to_be_bytes());
-        put(40, &0x3_0000_u64.to_be_bytes());
-        put(48, &0x1_0000_u64.to_be_bytes());
-        put(56, &1_u32.to_be_bytes());
-        put(96, &4_u32.to_be_bytes());
-        put(100, &104_u32.to_be_bytes());
         put(104, &0x1234_5678_u32.to_be_bytes());
         put(108, &u32::try_from(extension).expect("short").to_be_bytes());
         let at = 112 + extension.next_multiple_of(8);

@@ -18,7 +18,7 @@ mod overlap;
 mod refcount;
 mod snapshot;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod turn;
 mod unmap;
 mod unwritten;

@@ -198,6 +198,24 @@ impl Scratch {
     }
 }
 
+/// The first cluster of an image of version 3 of 1 MiB with clusters of 64 KiB, by qemu's docs/interop/qcow2.rst: without extensions, followed by the
+/// refcount table, a refcount block and the L1 table, one cluster each.
+pub(crate) fn plain_header() -> Vec<u8> {
+    let mut bytes = vec![0; 1 << 16];
+    let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+    put(0, b"QFI\xfb");
+    put(4, &3_u32.to_be_bytes());
+    put(20, &16_u32.to_be_bytes());
+    put(24, &(1_u64 << 20).to_be_bytes());
+    put(36, &1_u32.to_be_bytes());
+    put(40, &0x3_0000_u64.to_be_bytes());
+    put(48, &0x1_0000_u64.to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(96, &4_u32.to_be_bytes());
+    put(100, &104_u32.to_be_bytes());
+    bytes
+}
+
 /// Creates an image on a simulated disk, opens it for writing and gives it to `body`.
 pub(super) fn with_image<F>(seed: u64, options: CreateOptions, body: impl FnOnce(SimulatedEnvironment, SimulatedImage) -> F + 'static)
 where
