@@ -176,10 +176,10 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image};
+    use crate::qcow2::testing::{SIMULATED_IMAGE, with_image, write};
     use crate::qcow2::{CreateOptions, OpenOptions};
     use crate::storage::simulated::{Fault, FaultEffect, OperationKind};
-    use crate::storage::{Access, CacheMode, Location, MemoryEnvironment, StorageExt};
+    use crate::storage::{Access, CacheMode, Location, MemoryEnvironment};
     use crate::units::{GuestOffset, GuestRange, HostOffset};
 
     #[test]
@@ -215,19 +215,11 @@ mod tests {
         assert_eq!(warm_tables(limit + 65_536), [false, false]);
     }
 
-    /// A block of the disk, mapped to a new cluster if it has none.
-    async fn write(image: &SimulatedImage, block: u64) {
-        let range = GuestRange::new(GuestOffset::new(block * 4096), 4096);
-        let reservation = image.reserve(range).await.expect("space");
-        image.inner.file.write_bytes(reservation.host(), &[7; 4096]).await.expect("a sound disk");
-        reservation.commit(|| {});
-    }
-
     #[test]
     fn a_frozen_image_takes_no_writes_and_a_failed_one_nothing() {
         with_image(5, CreateOptions::standalone(64 << 20), async |_, image| {
             image.admit_write().expect("open for writing");
-            write(&image, 0).await;
+            write(&image, 0, 4096).await;
             image.freeze(async {}).await.expect("sound");
             assert!(matches!(image.admit_write(), Err(LayerError::ReadOnly)));
             image.flush().await.expect("everything is durable");
@@ -245,7 +237,7 @@ mod tests {
         with_image(7, CreateOptions::standalone(64 << 20), async |disk, image| {
             let opened = image.inner.opened_clusters;
             for cluster in 0..3 {
-                write(&image, cluster * 16).await;
+                write(&image, cluster << 16, 4096).await;
             }
             let ahead = disk.bytes(SIMULATED_IMAGE).expect("there").len();
             image.freeze(async {}).await.expect("sound");
@@ -260,7 +252,7 @@ mod tests {
     fn reserves_in_the_midst_of_a_frozen_image_are_holes() {
         with_image(8, CreateOptions::standalone(64 << 20), async |disk, image| {
             for cluster in 0..200 {
-                write(&image, cluster * 16).await;
+                write(&image, cluster << 16, 4096).await;
             }
             // All but the last are given up, and after that made ready to be used again.
             let range = GuestRange::new(GuestOffset::ZERO, 199 << 16);
@@ -280,7 +272,7 @@ mod tests {
     fn a_file_that_cannot_be_cut_is_frozen_only_if_it_never_could() {
         for (error, freezes) in [(libc::EOPNOTSUPP, true), (libc::EIO, false)] {
             with_image(9, CreateOptions::standalone(64 << 20), async move |disk, image| {
-                write(&image, 0).await;
+                write(&image, 0, 4096).await;
                 disk.inject(Fault::lasting(OperationKind::SetLen, 0).with(FaultEffect::Error(error)));
                 assert_eq!(image.freeze(async {}).await.is_ok(), freezes, "error {error}");
             });

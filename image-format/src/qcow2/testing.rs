@@ -11,8 +11,8 @@ use std::time::Duration;
 use crate::buffer::Buffer;
 use crate::runtime::{Executor, Unpark};
 use crate::storage::simulated::{SimulatedEnvironment, Simulation};
-use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location, Sharing, Storage, Transferred};
-use crate::units::HostOffset;
+use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location, Sharing, Storage, StorageExt, Transferred};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 use super::{CreateOptions, OpenOptions, Qcow2};
 
@@ -237,3 +237,11 @@ pub(super) const SIMULATED_IMAGE: &str = "/a.qcow2";
 
 /// An image on a simulated disk.
 pub(super) type SimulatedImage = Qcow2<SimulatedEnvironment>;
+
+/// Writes to a part of one cluster of the disk, which gets a place of its own if it has none.
+pub(super) async fn write(image: &SimulatedImage, at: u64, len: u64) {
+    let reservation = image.reserve(GuestRange::new(GuestOffset::new(at), len)).await.expect("space");
+    let bytes = vec![7; usize::try_from(len).expect("a small write")];
+    image.inner.file.write_bytes(reservation.host(), &bytes).await.expect("a sound disk");
+    reservation.commit(|| {});
+}

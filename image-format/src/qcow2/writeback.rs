@@ -186,23 +186,19 @@ mod tests {
 
     use crate::extent::{ExtentList, Mapping};
     use crate::qcow2::CreateOptions;
-    use crate::qcow2::testing::{SimulatedImage, with_image};
-    use crate::storage::StorageExt;
+    use crate::qcow2::testing::{SimulatedImage, with_image, write};
     use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment};
     use crate::units::{GuestOffset, GuestRange};
 
-    async fn write(image: &SimulatedImage, at: u64) {
-        let reservation = image.reserve(GuestRange::new(GuestOffset::new(at), 512)).await.expect("space");
-        image.inner.file.write_bytes(reservation.host(), &[7; 512]).await.expect("a sound disk");
-        reservation.commit(|| {});
+    fn flushes_so_far(disk: &SimulatedEnvironment) -> u64 {
+        disk.counts().get(&OperationKind::Flush).copied().unwrap_or(0)
     }
 
     /// How many device flushes so many guest flushes take that are made at the same time.
     async fn device_flushes(disk: &SimulatedEnvironment, image: &SimulatedImage, flushes: usize) -> u64 {
-        let count = || disk.counts().get(&OperationKind::Flush).copied().unwrap_or(0);
-        let before = count();
+        let before = flushes_so_far(disk);
         join_all((0..flushes).map(|_| image.flush())).await.into_iter().for_each(|flushed| flushed.expect("a sound disk"));
-        count() - before
+        flushes_so_far(disk) - before
     }
 
     #[test]
@@ -212,23 +208,22 @@ mod tests {
         with_image(1, options, async |disk, image| {
             device_flushes(&disk, &image, 1).await;
             assert_eq!(device_flushes(&disk, &image, 1).await, 1, "with nothing to write but what the guest wrote in place");
-            write(&image, 0).await;
+            write(&image, 0, 512).await;
             device_flushes(&disk, &image, 1).await;
             // Counts, zeros of a new table and data before the mapping.
-            write(&image, 512).await;
+            write(&image, 512, 512).await;
             assert_eq!(device_flushes(&disk, &image, 1).await, 2);
-            write(&image, 512).await;
+            write(&image, 512, 512).await;
             assert_eq!(device_flushes(&disk, &image, 1).await, 1, "an overwrite");
             // More clusters than there were refcount blocks for: these before the refcount table, the table before the mapping.
             for sector in 2..9000 {
-                write(&image, sector * 512).await;
+                write(&image, sector * 512, 512).await;
             }
             assert_eq!(device_flushes(&disk, &image, 1).await, 3);
             // The header points to an L1 table that has moved when this is durable, and to the new size after that.
-            let count = || disk.counts()[&OperationKind::Flush];
-            let before = count();
+            let before = flushes_so_far(&disk);
             image.grow(2 << 30, None).await.expect("space");
-            assert_eq!(count() - before, 5);
+            assert_eq!(flushes_so_far(&disk) - before, 5);
         });
     }
 
@@ -238,7 +233,7 @@ mod tests {
             device_flushes(&disk, &image, 1).await;
             // The first is under way when the others come, which must not believe that it covers what they have written.
             assert_eq!(device_flushes(&disk, &image, 64).await, 2);
-            write(&image, 0).await;
+            write(&image, 0, 512).await;
             assert_eq!(device_flushes(&disk, &image, 64).await, 3);
         });
     }
@@ -250,11 +245,11 @@ mod tests {
         with_image(3, options, async |disk, image| {
             // A table of 512 bytes stands for 32 KiB of the disk.
             for table in 0..500 {
-                write(&image, table * 32_768).await;
+                write(&image, table * 32_768, 512).await;
             }
             image.flush().await.expect("a sound disk");
             image.inner.slices.set_budget(1);
-            write(&image, 512).await;
+            write(&image, 512, 512).await;
             disk.inject(Fault::lasting(OperationKind::Flush, 0));
             image.flush().await.expect_err("a failed flush");
             let mapped = async |at: u64| {
