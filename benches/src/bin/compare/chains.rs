@@ -1,21 +1,23 @@
 //! Chains of different depths: requests a second, memory, and the time from the start of the server to the first answer.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 use serde_json::{json, to_value};
 use snapfence_benches::chain;
 use snapfence_benches::load::{Job, Pattern, Size, run};
+use snapfence_benches::machine::{disk_folder, on_processor};
+use snapfence_benches::statistics::median;
 use snapfence_image_format::storage::uring::Reactor;
+use snapfence_tests::tools;
 
+use super::Arguments;
 use super::contestant::{self, Contestant, Disk, Kind, image};
-use super::machine::on_processor;
 use super::report::{Axis, Part, Plot, Section};
-use super::statistics::median;
-use super::throughput::{block, disk_folder, in_turns, job, undisturbed};
-use super::{Arguments, command};
+use super::throughput::{block, in_turns, job, median_iops};
 
 /// Deeper ones take qemu-storage-daemon minutes to open, or end it.
 const DEEPEST_OF_QSD: usize = 400;
@@ -36,7 +38,7 @@ struct Entry {
 }
 
 pub(super) fn measure(arguments: &Arguments) -> Result<Section> {
-    let kinds: Vec<Kind> = contestant::present().into_iter().filter(|kind| matches!(kind, Kind::Snapfence | Kind::Qsd)).collect();
+    let kinds = contestant::present_with_control();
     let mut entries = Vec::new();
     for &depth in &arguments.depths {
         let kinds: Vec<Kind> = kinds.iter().copied().filter(|kind| *kind != Kind::Qsd || depth <= DEEPEST_OF_QSD).collect();
@@ -44,7 +46,7 @@ pub(super) fn measure(arguments: &Arguments) -> Result<Section> {
     }
     let part = show(&entries);
     part.print();
-    let (large, starts) = start_of_large_chain()?;
+    let (large, starts) = start_of_large_chain(arguments)?;
     large.print();
     let method = format!(
         "In memory, a chain of a raw base with all of its {} and overlays with 64 blocks each; reads and writes of 4 KiB at random, 32 at a time, {} \
@@ -68,7 +70,7 @@ fn at_depth(arguments: &Arguments, kinds: &[Kind], depth: usize) -> Result<Vec<E
         let blocks = in_turns(arguments.blocks, contestants.len(), |round, index| {
             block(&contestants[index], &Job { randseed: round as u64 + 1, ..job(arguments, rw, 4096, 32) })
         })?;
-        Ok(blocks.iter().map(|all| median(&undisturbed(all).iter().map(|block| block.iops).collect::<Vec<_>>())).collect())
+        Ok(blocks.iter().map(|all| median_iops(all)).collect())
     };
     let reads = measured(Pattern::RandRead)?;
     let resident = contestants.iter().map(Contestant::resident).collect::<Result<Vec<_>>>()?;
@@ -93,28 +95,26 @@ fn at_depth(arguments: &Arguments, kinds: &[Kind], depth: usize) -> Result<Vec<E
 fn with_top(kind: Kind, folder: &Path, depth: usize, bytes: u64) -> Result<Contestant> {
     let own = folder.join(kind.folder());
     std::fs::create_dir(&own)?;
-    let disk = if depth == 1 {
-        Disk { image: image(&own, "qcow2", bytes)?, format: "qcow2" }
+    let image = if depth == 1 {
+        image(&own, "qcow2", bytes)?
     } else {
-        let (image, below) = (folder.join(format!("top-{}.qcow2", kind.folder())), chain::layer_path(folder, depth - 2));
-        overlay(&image, &below, bytes)?;
-        Disk { image, format: "qcow2" }
+        let (top, below) = (folder.join(format!("top-{}.qcow2", kind.folder())), chain::layer_path(folder, depth - 2));
+        overlay(&top, &below, bytes)?;
+        top
     };
-    Contestant::serve(kind, &own, &[disk], true)
+    Contestant::serve(kind, &own, &[Disk { image, format: "qcow2" }], true)
 }
 
 /// An overlay with parts of clusters, as snapfence makes them, for everybody. The chain beneath is not looked at.
 fn overlay(image: &Path, below: &Path, bytes: u64) -> Result<()> {
     let format = if below.extension().is_some_and(|extension| extension == "raw") { "raw" } else { "qcow2" };
-    let [image, below] = [image, below].map(|path| path.to_str().context("a path in UTF-8"));
-    let options = ["-o", "extended_l2=on,cluster_size=128k", "-b", below?, "-F", format, image?];
+    let options = ["create", "-q", "-u", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=128k", "-F", format, "-b"].map(OsStr::new);
     let size = bytes.to_string();
-    let arguments: Vec<&str> = ["create", "-q", "-u", "-f", "qcow2"].into_iter().chain(options).chain([size.as_str()]).collect();
-    command("qemu-img", &arguments)
+    tools::qemu_img(options.into_iter().chain([below.as_os_str(), image.as_os_str(), size.as_ref()])).map(drop)
 }
 
 /// How long it takes from the start of snapfenced to the first answer, with a chain of a thousand layers: cold, with nothing of it in memory, and warm.
-fn start_of_large_chain() -> Result<(Part, serde_json::Value)> {
+fn start_of_large_chain(arguments: &Arguments) -> Result<(Part, serde_json::Value)> {
     let folder = tempfile::tempdir_in(disk_folder())?;
     let shared = folder.path().to_owned();
     Reactor::new(64)?.block_on(async move { chain::make(&shared, 0..LARGE_LAYERS, LARGE_BYTES, WRITTEN_BYTES).await })??;
@@ -122,9 +122,9 @@ fn start_of_large_chain() -> Result<(Part, serde_json::Value)> {
     let (mut cold, mut warm) = (Vec::new(), Vec::new());
     for number in 0..STARTS {
         if drop_caches().is_ok() {
-            cold.push(first_answer(folder.path(), &top, number * 2)?);
+            cold.push(first_answer(arguments, folder.path(), &top, number * 2)?);
         }
-        warm.push(first_answer(folder.path(), &top, number * 2 + 1)?);
+        warm.push(first_answer(arguments, folder.path(), &top, number * 2 + 1)?);
     }
     let shown = |times: &[f64]| if times.is_empty() { "only root can tell".to_owned() } else { format!("{:.0}", median(times)) };
     let part = Part {
@@ -139,22 +139,17 @@ fn start_of_large_chain() -> Result<(Part, serde_json::Value)> {
 }
 
 /// Milliseconds from the start to the answer to one read.
-fn first_answer(folder: &Path, top: &Path, number: usize) -> Result<f64> {
+fn first_answer(arguments: &Arguments, folder: &Path, top: &Path, number: usize) -> Result<f64> {
     let own = folder.join(format!("start-{number}"));
     std::fs::create_dir(&own)?;
     let began = Instant::now();
     let contestant = Contestant::serve(Kind::Snapfence, &own, &[Disk { image: top.to_owned(), format: "qcow2" }], true)?;
     let one = Job {
-        rw: Pattern::RandRead,
-        bs: Size(4096),
-        iodepth: 1,
-        queues: 1,
-        rate_iops: None,
         runtime: 1e-4,
         ramp_time: 0.0,
         size: Some(Size(WRITTEN_BYTES)),
-        hipri: false,
         randseed: number as u64 + 1,
+        ..job(arguments, Pattern::RandRead, 4096, 1)
     };
     run(contestant.target(), &one, false)?;
     let took = began.elapsed();

@@ -8,9 +8,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use snapfence::client::{Client, ClientError};
 use snapfence_benches::load::Target;
-
-use super::command;
-use super::machine::{on_processor, ticks_to_time};
+use snapfence_benches::machine::{on_processor, ticks_to_time};
+use snapfence_tests::tools;
 
 /// What is not ready by then never is.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -36,6 +35,11 @@ pub(super) fn present() -> Vec<Kind> {
     let has_qsd = Command::new(QSD).arg("--version").output().is_ok_and(|output| output.status.success());
     let qsd = has_qsd.then_some(Kind::Qsd);
     [Kind::Snapfence, Kind::SnapfenceSleeping].into_iter().chain(qsd).chain([Kind::IoUring]).collect()
+}
+
+/// Those of them with a control socket, snapfence as it is.
+pub(super) fn present_with_control() -> Vec<Kind> {
+    present().into_iter().filter(|kind| matches!(kind, Kind::Snapfence | Kind::Qsd)).collect()
 }
 
 impl Kind {
@@ -232,8 +236,8 @@ pub(super) fn image(folder: &Path, format: &str, bytes: u64) -> Result<PathBuf> 
             let image = folder.join("disk.qcow2");
             let [from, to] = [&raw, &image].map(|path| path.to_str().map(str::to_owned));
             let (from, to) = from.zip(to).context("a path in UTF-8")?;
-            command("qemu-img", &["convert", "-q", "-f", "raw", "-O", "qcow2", "-t", "none", &from, &to])
-                .or_else(|_| command("qemu-img", &["convert", "-q", "-f", "raw", "-O", "qcow2", &from, &to]))?;
+            tools::qemu_img(["convert", "-q", "-f", "raw", "-O", "qcow2", "-t", "none", &from, &to])
+                .or_else(|_| tools::qemu_img(["convert", "-q", "-f", "raw", "-O", "qcow2", &from, &to]))?;
             std::fs::remove_file(raw)?;
             Ok(image)
         }

@@ -4,25 +4,23 @@
 
 mod chains;
 mod contestant;
-mod machine;
 mod page;
 mod plot;
 mod report;
 mod snapshots;
-mod statistics;
 mod throughput;
 
 use std::fmt;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use snapfence_benches::load::Size;
+use snapfence_benches::machine::Machine;
 
 use contestant::Kind;
-use machine::Machine;
 
 /// Measures snapfenced, qemu-storage-daemon and plain io_uring in turns, and writes a report
 #[derive(Debug, Parser)]
@@ -119,11 +117,4 @@ fn work(arguments: &Arguments) -> Result<()> {
         });
     }
     report::write(&arguments.output, &machine, &present.iter().map(Kind::describe).collect::<Vec<_>>(), &sections)
-}
-
-/// Runs a program to its end.
-fn command(program: &str, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(program).args(arguments).output().with_context(|| format!("{program} is missing"))?;
-    ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
 }

@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::machine::Machine;
+use snapfence_benches::html::escape;
+use snapfence_benches::machine::Machine;
+
 use super::plot;
 use super::report::{Part, Section};
 
@@ -49,9 +51,4 @@ fn show(page: &mut String, part: &Part) {
         row(page, "td", &mut cells.iter().map(String::as_str));
     }
     page.push_str("</table>\n");
-}
-
-/// Text as it stands in a page.
-pub(super) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::page::escape;
+use snapfence_benches::html::escape;
+
 use super::report::{Axis, Plot};
 
 const COLOURS: [&str; 6] = ["#0b6e4f", "#7fb69a", "#c44536", "#5c677d", "#d9a441", "#3a6ea5"];
@@ -36,7 +37,7 @@ fn draw_bars(unit: &str, bars: &[(String, f64)], title: &str) -> String {
 fn draw_lines(x: Axis, y: Axis, lines: &[(String, Vec<(f64, f64)>)], title: &str) -> String {
     let points = || lines.iter().flat_map(|(_, points)| points);
     let x = Scale::over(x, points().map(|point| point.0));
-    let y = Scale::over(Axis { name: y.name, ..y }, points().map(|point| point.1));
+    let y = Scale::over(y, points().map(|point| point.1));
     let legend = lines.len() as f64 * 18.0;
     let mut svg = open(LEFT + WIDTH + 30.0, TOP + HEIGHT + 40.0 + legend, title);
     let (across, up) = (|value: f64| LEFT + x.place(value) * WIDTH, |value: f64| TOP + (1.0 - y.place(value)) * HEIGHT);

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
+use snapfence_benches::machine::Machine;
 
-use super::machine::Machine;
 use super::page;
 
 /// What one suite has shown.

@@ -4,6 +4,7 @@
 //! count from when a request was due, so that a disk that stands still cannot hide it by getting fewer requests. Snapshots of all disks together
 //! follow one another at a fixed distance. A window begins with each command; another, long after it, is what the same machine does without.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -16,13 +17,14 @@ use serde_json::{Value, json, to_value};
 use snapfence::client::Client;
 use snapfence::protocol::{SnapshotCreate, SnapshotMember};
 use snapfence_benches::load::{Job, Pattern, Report, run};
+use snapfence_benches::machine::{disk_folder, on_processor};
+use snapfence_benches::statistics::{median, percentile};
+use snapfence_tests::tools;
 
+use super::Arguments;
 use super::contestant::{self, Contestant, Disk, Kind};
-use super::machine::on_processor;
 use super::report::{Axis, Part, Plot, Section};
-use super::statistics::{median, percentile};
-use super::throughput::{disk_folder, in_turns, job};
-use super::{Arguments, command};
+use super::throughput::{in_turns, job};
 
 /// From one command to the next.
 const APART: Duration = Duration::from_millis(200);
@@ -75,7 +77,7 @@ struct Point {
 }
 
 pub(super) fn measure(arguments: &Arguments) -> Result<Section> {
-    let kinds: Vec<Kind> = contestant::present().into_iter().filter(|kind| matches!(kind, Kind::Snapfence | Kind::Qsd)).collect();
+    let kinds = contestant::present_with_control();
     let (mut points, mut parts) = (Vec::new(), Vec::new());
     for &devices in &arguments.devices {
         let rate = kinds.iter().map(|kind| full_speed(arguments, *kind, devices)).collect::<Result<Vec<_>>>()?;
@@ -115,18 +117,12 @@ fn set_up(arguments: &Arguments, kind: Kind, devices: usize) -> Result<(tempfile
     let folder = tempfile::tempdir_in(disk_folder())?;
     let images: Vec<PathBuf> = (0..devices).map(|number| folder.path().join(format!("disk{number}.qcow2"))).collect();
     for image in &images {
-        create(image, &["-o", "preallocation=metadata"], Some(&arguments.size.to_string()))?;
+        let (options, size) = (["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata"], arguments.size.to_string());
+        tools::qemu_img(options.map(OsStr::new).into_iter().chain([image.as_os_str(), size.as_ref()]))?;
     }
     let disks: Vec<Disk> = images.iter().map(|image| Disk { image: image.clone(), format: "qcow2" }).collect();
     let contestant = Contestant::serve(kind, folder.path(), &disks, false)?;
     Ok((folder, images, contestant))
-}
-
-fn create(image: &Path, options: &[&str], size: Option<&str>) -> Result<()> {
-    let image = image.to_str().context("a path in UTF-8")?;
-    let arguments: Vec<&str> =
-        ["create", "-q", "-f", "qcow2"].into_iter().chain(options.iter().copied()).chain([image]).chain(size).collect();
-    command("qemu-img", &arguments)
 }
 
 /// Does the same to all disks at once, and something else meanwhile.
@@ -162,7 +158,6 @@ fn round(arguments: &Arguments, kind: Kind, devices: usize, rate: u64, snapshots
         rate_iops: Some((rate / devices as u64).max(1)),
         runtime: (APART * u32::try_from(snapshots + 1)?).as_secs_f64(),
         ramp_time: RAMP.as_secs_f64(),
-        iodepth: OPEN_DEPTH,
         ..job(arguments, Pattern::RandWrite, 4096, OPEN_DEPTH)
     };
     let (reports, commands) = within(&contestant, job.ramp() + job.measured() + PATIENCE, || {
@@ -220,8 +215,7 @@ impl Taker {
                 let mut below = image;
                 for number in 0..snapshots {
                     let overlay = taker.overlay(device, number);
-                    let below_name = below.to_str().context("a path in UTF-8")?;
-                    create(&overlay, &["-b", below_name, "-F", "qcow2"], None)?;
+                    tools::create_overlay(&overlay, &below, "qcow2")?;
                     below = overlay;
                 }
             }

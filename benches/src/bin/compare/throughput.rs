@@ -6,11 +6,11 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::to_value;
 use snapfence_benches::load::{Job, Pattern, Size, run};
+use snapfence_benches::machine::{disk_folder, on_processor, stolen};
+use snapfence_benches::statistics::{Ratio, median, ratio};
 
 use super::contestant::{self, Contestant, Kind};
-use super::machine::{self, on_processor};
 use super::report::{Axis, Part, Plot, Section};
-use super::statistics::{Ratio, median, ratio};
 use super::{Arguments, Medium};
 
 /// Those at which latencies are told.
@@ -63,7 +63,7 @@ struct Cell {
 /// What one block has shown.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Block {
-    pub(super) iops: f64,
+    iops: f64,
     latencies_us: [f64; PERCENTILES.len()],
     cpu_us: Option<f64>,
     is_disturbed: bool,
@@ -173,16 +173,21 @@ pub(super) fn in_turns<T>(rounds: usize, several: usize, mut work: impl FnMut(us
 }
 
 /// The blocks in which nobody took the processors away; all of them, if hardly any is left.
-pub(super) fn undisturbed(blocks: &[Block]) -> Vec<Block> {
+fn undisturbed(blocks: &[Block]) -> Vec<Block> {
     let kept: Vec<Block> = blocks.iter().filter(|block| !block.is_disturbed).copied().collect();
     if kept.len() * 2 < blocks.len() { blocks.to_vec() } else { kept }
 }
 
+/// Requests a second, the median of the blocks that count.
+pub(super) fn median_iops(blocks: &[Block]) -> f64 {
+    median(&undisturbed(blocks).iter().map(|block| block.iops).collect::<Vec<_>>())
+}
+
 /// Measures one block.
 pub(super) fn block(contestant: &Contestant, job: &Job) -> Result<Block> {
-    let (before, stolen) = (contestant.cpu_time()?, machine::stolen()?);
+    let (before, stolen_before) = (contestant.cpu_time()?, stolen()?);
     let report = on_processor(0, || run(contestant.target(), job, false))?;
-    let (after, stolen) = (contestant.cpu_time()?, machine::stolen()? - stolen);
+    let (after, stolen) = (contestant.cpu_time()?, stolen()? - stolen_before);
     // The ramp's requests have taken their share of the time, too.
     let share = job.runtime / (job.runtime + job.ramp_time);
     let cpu_us = before.zip(after).map(|(before, after)| (after - before).as_secs_f64() * 1e6 * share / report.requests() as f64);
@@ -236,14 +241,4 @@ impl Medium {
             Self::Disk => disk_folder(),
         }
     }
-}
-
-/// Where files lie on a real disk: the folder for temporary files or, if that is in memory, the next best.
-pub(super) fn disk_folder() -> &'static Path {
-    static FOLDER: std::sync::OnceLock<std::path::PathBuf> = std::sync::OnceLock::new();
-    FOLDER.get_or_init(|| {
-        let is_disk = |path: &Path| machine::lies_in_memory(path).is_ok_and(|lies| !lies);
-        let candidates = [std::env::temp_dir(), "/var/tmp".into(), ".".into()];
-        candidates.into_iter().find(|path| is_disk(path)).unwrap_or_else(std::env::temp_dir)
-    })
 }

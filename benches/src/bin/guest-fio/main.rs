@@ -16,10 +16,10 @@ mod side;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
+use snapfence_benches::machine::{Machine, stolen};
 use snapfence_tests::backend::{Kind, program};
 use snapfence_tests::tools;
 
@@ -144,10 +144,11 @@ fn setup(arguments: &Arguments, folder: &Path, sides: &[Side]) -> Result<Setup> 
     let snapfenced = program("snapfenced")?;
     let snapfenced = snapfenced.to_str().context("the path of snapfenced is not UTF-8")?;
     let file_system = tools::run("findmnt", ["-n".as_ref(), "-o".as_ref(), "FSTYPE".as_ref(), "-T".as_ref(), folder.as_os_str()])?;
+    let machine = Machine::examine()?;
     Ok(Setup {
         accelerator: sides[0].guest().accelerator().name(),
-        processors: std::thread::available_parallelism()?.get(),
-        host_kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        processors: machine.processors,
+        host_kernel: machine.kernel,
         guest: sides[0].ask("echo Linux $(uname -r), $(fio --version), $(nproc) processors")?,
         qemu: first_line(tools::run("qemu-system-x86_64", ["--version"])?),
         snapfenced: first_line(tools::run(snapfenced, ["--version"])?),
@@ -173,11 +174,11 @@ fn measure(arguments: &Arguments, sides: &[Side], job: &Job) -> Result<Measured>
         if number % 2 == 1 {
             order.reverse();
         }
-        let (mut turn, stolen) = (vec![Vec::new(); sides.len()], stolen()?);
+        let (mut turn, stolen_before) = (vec![Vec::new(); sides.len()], stolen()?);
         for side in order {
             turn[side] = sides[side].run(&job.name)?;
         }
-        let share = (self::stolen()? - stolen).as_secs_f64() / (f64::from(arguments.seconds) * sides.len() as f64);
+        let share = (stolen()? - stolen_before).as_secs_f64() / (f64::from(arguments.seconds) * sides.len() as f64);
         turns.push((turn, share > STOLEN));
     }
     let disturbed = turns.iter().filter(|(_, is_disturbed)| *is_disturbed).count();
@@ -187,13 +188,6 @@ fn measure(arguments: &Arguments, sides: &[Side], job: &Job) -> Result<Measured>
     let dropped = arguments.blocks as usize - kept.len();
     let rows = rows(&kept, &disks::DISKS.map(|(name, _)| name));
     Ok(Measured { job: job.name.clone(), what: job.what.clone(), turns: kept.len(), dropped, rows })
-}
-
-/// Time that the hypervisor has given to others, of all processors, since the machine has been running.
-fn stolen() -> Result<Duration> {
-    let stat = std::fs::read_to_string("/proc/stat")?;
-    let ticks: u64 = stat.split_whitespace().nth(8).context("/proc/stat says how much time was stolen")?.parse()?;
-    Ok(Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second())?)
 }
 
 /// Our side with a snapshot and without, in turns.

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use snapfence_benches::html::escape;
+
 use crate::report::{Figures, Measured, Ratio, Report, Snapshots};
 
 const STYLE: &str = "body{font:15px/1.4 sans-serif;max-width:70em;margin:2em auto}table{border-collapse:collapse;font-size:13px}\
@@ -109,8 +111,4 @@ fn line(html: &mut String, disk: &str, who: &str, figures: &Figures) {
         figures.p99_us,
         figures.longest_us
     );
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }

@@ -1,6 +1,7 @@
 //! What is reported, and how blocks become figures.
 
 use serde::Serialize;
+use snapfence_benches::statistics::median;
 
 /// What one run shows of a disk, or medians of several runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -128,8 +129,11 @@ pub(crate) fn rows(turns: &[Turn], names: &[&str]) -> Vec<Row> {
     std::iter::once("all").chain(names.iter().copied()).enumerate().map(row).collect()
 }
 
-/// The median of each figure.
+/// The median of each figure, 0 if there are no runs.
 pub(crate) fn medians(runs: &[Figures]) -> Figures {
+    if runs.is_empty() {
+        return Figures::default();
+    }
     let of = |value: fn(&Figures) -> f64| median(&runs.iter().map(value).collect::<Vec<_>>());
     let flushes: Vec<f64> = runs.iter().filter_map(|figures| figures.flush_p50_us).collect();
     Figures {
@@ -146,18 +150,6 @@ fn ratio(ratios: &[f64]) -> Option<Ratio> {
     let sound: Vec<f64> = ratios.iter().copied().filter(|ratio| ratio.is_finite()).collect();
     let (lowest, highest) = (sound.iter().copied().reduce(f64::min)?, sound.iter().copied().reduce(f64::max)?);
     Some(Ratio { median: median(&sound), lowest, highest })
-}
-
-/// The middle of the values, the mean of the two middle ones of an even number, 0 if there are none.
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => 0.0,
-        count if count.is_multiple_of(2) => f64::midpoint(sorted[middle - 1], sorted[middle]),
-        _ => sorted[middle],
-    }
 }
 
 #[cfg(test)]

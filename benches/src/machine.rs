@@ -1,6 +1,7 @@
 //! What is measured on, and what disturbs it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -9,15 +10,23 @@ use serde::Serialize;
 
 /// What a reader of figures has to know of where they come from.
 #[derive(Debug, Serialize)]
-pub(super) struct Machine {
-    pub(super) processors: usize,
-    pub(super) processor: String,
-    pub(super) memory_gib: u64,
-    pub(super) kernel: String,
+pub struct Machine {
+    /// How many there are.
+    pub processors: usize,
+    /// What they are called.
+    pub processor: String,
+    /// Memory, in GiB.
+    pub memory_gib: u64,
+    /// The version of Linux.
+    pub kernel: String,
 }
 
 impl Machine {
-    pub(super) fn examine() -> Result<Self> {
+    /// Looks at this machine.
+    ///
+    /// # Errors
+    /// If the system does not say what it is.
+    pub fn examine() -> Result<Self> {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
         let processor = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("of an unknown kind");
         let meminfo = std::fs::read_to_string("/proc/meminfo")?;
@@ -32,19 +41,25 @@ impl Machine {
 }
 
 /// Time that the hypervisor has given to others, of all processors, since the machine has been running.
-pub(super) fn stolen() -> Result<Duration> {
+///
+/// # Errors
+/// If the system does not say.
+pub fn stolen() -> Result<Duration> {
     let stat = std::fs::read_to_string("/proc/stat")?;
     let ticks: u64 = stat.split_whitespace().nth(8).context("/proc/stat says how much time was stolen")?.parse()?;
     Ok(ticks_to_time(ticks))
 }
 
 /// Ticks as /proc counts them.
-pub(super) fn ticks_to_time(ticks: u64) -> Duration {
+pub fn ticks_to_time(ticks: u64) -> Duration {
     Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second()).unwrap_or(100)
 }
 
 /// Does something on one processor only, what it starts included, if there are several.
-pub(super) fn on_processor<T>(processor: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+///
+/// # Errors
+/// If it may not choose, and whatever the work reports.
+pub fn on_processor<T>(processor: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = sched_getaffinity(None)?;
     if before.count() > 1 && before.is_set(processor) {
         let mut only = CpuSet::new();
@@ -56,8 +71,18 @@ pub(super) fn on_processor<T>(processor: usize, work: impl FnOnce() -> Result<T>
     outcome
 }
 
+/// Where files lie on a real disk: the folder for temporary files or, if that is in memory, the next best.
+pub fn disk_folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let is_disk = |path: &Path| lies_in_memory(path).is_ok_and(|lies| !lies);
+        let candidates = [std::env::temp_dir(), "/var/tmp".into(), ".".into()];
+        candidates.into_iter().find(|path| is_disk(path)).unwrap_or_else(std::env::temp_dir)
+    })
+}
+
 /// Whether a folder's files lie in memory.
-pub(super) fn lies_in_memory(folder: &Path) -> Result<bool> {
+fn lies_in_memory(folder: &Path) -> Result<bool> {
     let kind = rustix::fs::statfs(folder).with_context(|| folder.display().to_string())?.f_type;
     // tmpfs and ramfs, by linux/magic.h.
     Ok([0x0102_1994, 0x8584_58f6].contains(&(kind.cast_unsigned() & 0xffff_ffff)))

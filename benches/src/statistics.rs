@@ -9,10 +9,13 @@ const RESAMPLES: usize = 2000;
 
 /// A ratio of two medians, and the interval in which 95 of 100 resamplings have it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(super) struct Ratio {
-    pub(super) median: f64,
-    pub(super) low: f64,
-    pub(super) high: f64,
+pub struct Ratio {
+    /// Of the values themselves.
+    pub median: f64,
+    /// Where the interval begins.
+    pub low: f64,
+    /// Where it ends.
+    pub high: f64,
 }
 
 impl fmt::Display for Ratio {
@@ -25,7 +28,7 @@ impl fmt::Display for Ratio {
 ///
 /// # Panics
 /// If there are none.
-pub(super) fn median(values: &[f64]) -> f64 {
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -36,7 +39,7 @@ pub(super) fn median(values: &[f64]) -> f64 {
 ///
 /// # Panics
 /// If there are none.
-pub(super) fn percentile(values: &[f64], percent: f64) -> f64 {
+pub fn percentile(values: &[f64], percent: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
     let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
@@ -47,7 +50,7 @@ pub(super) fn percentile(values: &[f64], percent: f64) -> f64 {
 ///
 /// # Panics
 /// If there is none of either.
-pub(super) fn ratio(above: &[f64], below: &[f64]) -> Ratio {
+pub fn ratio(above: &[f64], below: &[f64]) -> Ratio {
     let mut chance = Chance::new(1);
     let mut resampled = |values: &[f64]| {
         let drawn: Vec<f64> = values.iter().map(|_| values[chance.below(values.len() as u64) as usize]).collect();
