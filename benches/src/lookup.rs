@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use snapfence_benches::chain::{self, BLOCK_BYTES, Positions, layer_path};
-use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain as open_layers};
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, open_chain as open_layers};
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
-use snapfence_image_format::storage::{CacheMode, Environment, Location};
+use snapfence_image_format::storage::{Environment, Location};
 use snapfence_image_format::units::{GuestOffset, GuestRange};
 
 const DISK_BYTES: u64 = 1 << 30;
@@ -69,14 +69,7 @@ async fn open_chain(directory: &Path, depth: usize) -> Result<Arc<Stack<UringEnv
     let top = layer_path(directory, depth - 1);
     let format = if depth == 1 { Format::Raw } else { Format::Qcow2 };
     let allowed = AllowedDirectories::default().with_directory_of(&top);
-    let options = ChainOptions {
-        allowed: &allowed,
-        data_files: &[],
-        cache: CacheMode::Direct,
-        writable: false,
-        protected: &Unprotected,
-        keeper: None,
-    };
+    let options = ChainOptions::reading(&allowed);
     let chain = open_layers(&UringEnvironment, &Location::Trusted(top), format, options).await?;
     let domain = FenceDomain::new(|| UringEnvironment.now());
     Ok(Stack::new(UringEnvironment, &domain, chain.into_iter().map(|layer| layer.layer).collect(), true))

@@ -28,7 +28,7 @@ use sha2::{Digest, Sha256};
 use snapfence::client::Client;
 use snapfence::protocol::{Event, SnapshotCreate, SnapshotMember, SnapshotState};
 use snapfence_image_format::buffer::{AlignedBuffer, Buffer};
-use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, open_chain};
 use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::UringEnvironment;
@@ -294,14 +294,7 @@ fn hash_frozen(mut events: Client, expected: usize) -> Vec<(PathBuf, Hash)> {
 fn read_snapshots(top: PathBuf, Scale { snapshots: count, read_every, .. }: Scale) -> Vec<Vec<Option<usize>>> {
     block_on(async move {
         let allowed = AllowedDirectories::new([top.parent().expect("a directory").to_owned()]);
-        let options = ChainOptions {
-            allowed: &allowed,
-            data_files: &[],
-            cache: CacheMode::Buffered,
-            writable: false,
-            protected: &Unprotected,
-            keeper: None,
-        };
+        let options = ChainOptions { cache: CacheMode::Buffered, ..ChainOptions::reading(&allowed) };
         let layers = open_chain(&UringEnvironment, &Location::Trusted(top), Format::Qcow2, options).await.expect("a chain");
         let layers: Vec<_> = layers.into_iter().map(|layer| layer.layer).collect();
         assert_eq!(layers.len(), count + 1);

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
 use snapfence::protocol::NoSpacePolicy;
-use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, open_chain};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateOptions, OpenOptions, Qcow2};
 use snapfence_image_format::stack::{FenceDomain, Stack};
@@ -98,14 +98,7 @@ impl Host {
         let allowed = AllowedDirectories::new([self.directory.path().to_owned()]);
         let location = Location::Trusted(image.clone());
         let layers = block_on(async move {
-            let options = ChainOptions {
-                allowed: &allowed,
-                data_files: &[],
-                cache: CacheMode::Direct,
-                writable,
-                protected: &Unprotected,
-                keeper: None,
-            };
+            let options = ChainOptions { writable, ..ChainOptions::reading(&allowed) };
             open_chain(&UringEnvironment, &location, format, options).await.expect("an image that opens")
         });
         let layers = layers.into_iter().map(|layer| layer.layer).collect();

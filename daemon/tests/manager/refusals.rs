@@ -6,7 +6,7 @@ use snapfence_image_format::chain::Format;
 use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::storage::simulated::{Fault, FaultEffect, OperationKind, Simulation};
 
-use super::support::{DISK, FOLDER, World};
+use super::support::{DISK, World};
 
 fn over(backing: &str, format: &str) -> CreateOptions {
     CreateOptions::overlay(DISK, backing, format)
@@ -51,17 +51,9 @@ fn every_wrong_overlay_is_refused_by_name_and_nothing_changes() {
         {
             // Something was written to it once.
             let full = snapfence_image_format::storage::Location::Trusted("/vm/full.qcow2".into());
-            let allowed = snapfence_image_format::chain::AllowedDirectories::new([FOLDER.into()]);
-            let options = snapfence_image_format::chain::ChainOptions {
-                allowed: &allowed,
-                data_files: &[],
-                cache: snapfence_image_format::storage::CacheMode::Direct,
-                writable: false,
-                protected: &snapfence_image_format::chain::Unprotected,
-                keeper: None,
-            };
             // Its backing file is in use, so the layer is opened alone.
-            let file = snapfence_image_format::chain::open_file(&environment, &full, true, options.cache).await.expect("there");
+            let cache = snapfence_image_format::storage::CacheMode::Direct;
+            let file = snapfence_image_format::chain::open_file(&environment, &full, true, cache).await.expect("there");
             let header = snapfence_image_format::qcow2::Header::read(&file).await.expect("an image");
             let opening = snapfence_image_format::qcow2::OpenOptions::writing();
             let image = snapfence_image_format::qcow2::Qcow2::open_with_header(file, header, opening).await.expect("an image");

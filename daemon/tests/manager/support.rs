@@ -12,7 +12,7 @@ use redb::StorageBackend;
 use serde_json::{Value, json};
 use snapfence::protocol::{Command, DeviceAdd, Event, Failure};
 use snapfence_image_format::buffer::{AlignedBuffer, Buffer};
-use snapfence_image_format::chain::{self, AllowedDirectories, ChainOptions, Format, Unprotected};
+use snapfence_image_format::chain::{self, AllowedDirectories, ChainOptions, Format};
 use snapfence_image_format::qcow2::{CreateOptions, Qcow2};
 use snapfence_image_format::runtime::WaitQueue;
 use snapfence_image_format::stack::{Attachment, FenceDomain, Participant, Stack};
@@ -530,14 +530,7 @@ impl World {
     /// As [`read_file`](Self::read_file), whatever is in the first `len` bytes.
     pub(crate) async fn read_file_bytes(&self, path: &str, format: Format, len: u64) -> Vec<u8> {
         let allowed = AllowedDirectories::new([PathBuf::from("/")]);
-        let options = ChainOptions {
-            allowed: &allowed,
-            data_files: &[],
-            cache: CacheMode::Direct,
-            writable: false,
-            protected: &Unprotected,
-            keeper: None,
-        };
+        let options = ChainOptions::reading(&allowed);
         let top = Location::Trusted(path.into());
         let layers = chain::open_chain(&self.environment, &top, format, options).await.unwrap_or_else(|error| panic!("{error}"));
         let domain = FenceDomain::new(|| Duration::ZERO);

@@ -35,6 +35,13 @@ pub struct ChainOptions<'a> {
     pub keeper: Option<&'a Arc<dyn MemoryKeeper>>,
 }
 
+impl<'a> ChainOptions<'a> {
+    /// To be read past the page cache, where nothing is protected and nothing kept.
+    pub fn reading(allowed: &'a AllowedDirectories) -> Self {
+        Self { allowed, data_files: &[], cache: CacheMode::Direct, writable: false, protected: &Unprotected, keeper: None }
+    }
+}
+
 /// Knows files that must not be opened for writing.
 pub trait Protection: std::fmt::Debug {
     /// What depends on this file, in words that go on with "depends on it"; `None` if nothing does.
@@ -435,7 +442,7 @@ mod tests {
             let allowed = AllowedDirectories::default().with_directory_of(&top);
             let needed = protected.map(Needed);
             let protected: &dyn Protection = needed.as_ref().map_or(&Unprotected, |needed| needed);
-            let options = ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected, keeper: None };
+            let options = ChainOptions { writable, protected, ..ChainOptions::reading(&allowed) };
             open_chain(&used, &Location::Trusted(top.clone()), format, options).await
         })
     }
@@ -537,8 +544,7 @@ mod tests {
         let limited = environment.block_on(async move {
             let allowed = AllowedDirectories::new(["/i".into()]);
             let cache = CacheMode::Direct;
-            let options =
-                ChainOptions { allowed: &allowed, data_files: &[], cache, writable: false, protected: &Unprotected, keeper: None };
+            let options = ChainOptions { cache, ..ChainOptions::reading(&allowed) };
             open_limited(&used, &Location::Trusted("/i/499".into()), Format::Qcow2, options, 499, true).await
         });
         assert_eq!(limited.expect_err("one too many").to_string(), "/i/0: lies beneath 499 layers, which is the limit");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use snapfence_image_format::buffer::AlignedBuffer;
-use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, open_chain};
 use snapfence_image_format::error::LayerError;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CreateOptions, Header, OpenOptions, Qcow2};
@@ -201,14 +201,7 @@ impl Opened {
     pub(crate) async fn open_for(environment: &SimulatedEnvironment, top: usize, writable: bool) -> Result<Self, String> {
         let keeper: Arc<dyn MemoryKeeper> = Arc::<TestKeeper>::default();
         let allowed = AllowedDirectories::default().with_directory_of(&PathBuf::from(image_path(top)));
-        let options = ChainOptions {
-            allowed: &allowed,
-            data_files: &[],
-            cache: CacheMode::Direct,
-            writable,
-            protected: &Unprotected,
-            keeper: Some(&keeper),
-        };
+        let options = ChainOptions { writable, keeper: Some(&keeper), ..ChainOptions::reading(&allowed) };
         let location = Location::Trusted(image_path(top).into());
         let layers = open_chain(environment, &location, Format::Qcow2, options).await.map_err(|error| error.to_string())?;
         let clock = environment.clone();

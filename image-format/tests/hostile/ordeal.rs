@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use snapfence_image_format::buffer::AlignedBuffer;
-use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, open_chain};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CheckOptions, Repair, check};
 use snapfence_image_format::stack::{FenceDomain, Stack};
@@ -74,8 +74,7 @@ pub(crate) fn endure(environment: &MemoryEnvironment, path: &str) -> Outcome {
 
 async fn open(environment: &MemoryEnvironment, place: &Location, writable: bool) -> Result<Arc<MemoryStack>, String> {
     let allowed = AllowedDirectories::default().with_directory_of(&place.path());
-    let options =
-        ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
+    let options = ChainOptions { writable, ..ChainOptions::reading(&allowed) };
     let layers = open_chain(environment, place, Format::Qcow2, options).await.map_err(|error| error.to_string())?;
     let layers: Vec<Arc<Layer<_>>> = layers.into_iter().map(|open| open.layer).collect();
     Ok(Stack::new(environment.clone(), &FenceDomain::new(|| Duration::ZERO), layers, !writable))

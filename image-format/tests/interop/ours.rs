@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 use snapfence_image_format::buffer::AlignedBuffer;
-use snapfence_image_format::chain::{AllowedDirectories, ChainCause, ChainOptions, Format, Unprotected, open_chain, open_file};
+use snapfence_image_format::chain::{AllowedDirectories, ChainCause, ChainOptions, Format, open_chain, open_file};
 use snapfence_image_format::error::LayerError;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CheckOptions, CreateOptions, Qcow2, check};
@@ -41,14 +41,7 @@ impl Opening {
         let allowed = AllowedDirectories::default().with_directory_of(&self.top);
         let mut tries = 0;
         let layers = loop {
-            let options = ChainOptions {
-                allowed: &allowed,
-                data_files: &self.data_files,
-                cache: self.cache,
-                writable,
-                protected: &Unprotected,
-                keeper: None,
-            };
+            let options = ChainOptions { data_files: &self.data_files, cache: self.cache, writable, ..ChainOptions::reading(&allowed) };
             match open_chain(&UringEnvironment, &Location::Trusted(self.top.clone()), self.format, options).await {
                 Ok(layers) => break layers,
                 Err(error) if matches!(error.cause, ChainCause::InUse { .. }) && tries < LOCK_TRIES => {

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use snapfence_image_format::chain::{AllowedDirectories, ChainLayer, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::chain::{AllowedDirectories, ChainLayer, ChainOptions, Format, open_chain};
 use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::simulated::SimulatedEnvironment;
-use snapfence_image_format::storage::{CacheMode, Chance, Environment, Location};
+use snapfence_image_format::storage::{Chance, Environment, Location};
 
 use crate::pattern::{self, SECTOR, Value};
 use crate::qcow2::{create_image, some_options};
@@ -118,8 +118,7 @@ pub(crate) async fn open_layers(
     writable: bool,
 ) -> Result<Vec<ChainLayer<SimulatedEnvironment>>, String> {
     let allowed = AllowedDirectories::default().with_directory_of(&PathBuf::from(&top.path));
-    let options =
-        ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
+    let options = ChainOptions { writable, ..ChainOptions::reading(&allowed) };
     let top = (Location::Trusted(top.path.clone().into()), top.format);
     open_chain(environment, &top.0, top.1, options).await.map_err(|error| format!("cannot open: {error}"))
 }

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use serde::Serialize;
-use snapfence_image_format::chain::{ChainLayer, ChainOptions, Format, Unprotected, open_chain, open_chain_unlocked};
+use snapfence_image_format::chain::{ChainLayer, ChainOptions, Format, open_chain, open_chain_unlocked};
 use snapfence_image_format::extent::{Extent, ExtentList, Mapping};
 use snapfence_image_format::storage::CacheMode;
 use snapfence_image_format::storage::uring::UringEnvironment;
@@ -62,14 +62,7 @@ struct Source {
 pub(super) fn run(session: &Session, image: Named) -> Result<()> {
     let json = session.json;
     block_on(async move {
-        let options = ChainOptions {
-            allowed: &image.allowed,
-            data_files: &[],
-            cache: CacheMode::Buffered,
-            writable: false,
-            protected: &Unprotected,
-            keeper: None,
-        };
+        let options = ChainOptions { cache: CacheMode::Buffered, ..ChainOptions::reading(&image.allowed) };
         let mut sources = Vec::new();
         let location = image.location();
         let layers = if image.shared {

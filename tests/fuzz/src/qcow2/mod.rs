@@ -10,7 +10,7 @@ mod images;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, Unprotected, open_chain};
+use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, open_chain};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::qcow2::{CheckOptions, CheckReport, Repair, check};
 use snapfence_image_format::stack::{FenceDomain, Stack};
@@ -134,8 +134,7 @@ async fn checked(environment: &MemoryEnvironment, path: &str, repair: Repair) ->
 async fn open(environment: &MemoryEnvironment, writable: bool) -> Result<Arc<Stack<MemoryEnvironment>>, String> {
     let location = Location::Trusted(PATH.into());
     let allowed = AllowedDirectories::default().with_directory_of(&location.path());
-    let options =
-        ChainOptions { allowed: &allowed, data_files: &[], cache: CacheMode::Direct, writable, protected: &Unprotected, keeper: None };
+    let options = ChainOptions { writable, ..ChainOptions::reading(&allowed) };
     let layers = open_chain(environment, &location, Format::Qcow2, options).await.map_err(|error| error.to_string())?;
     let layers: Vec<Arc<Layer<_>>> = layers.into_iter().map(|open| open.layer).collect();
     Ok(Stack::new(environment.clone(), &FenceDomain::new(|| Duration::ZERO), layers, !writable))
