@@ -104,17 +104,8 @@ impl FenceDomain {
     /// a file server that hangs, and guests must not wait for it.
     pub fn expire_overdue(&self) -> ! {
         loop {
-            let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let now = (self.clock)();
-            let deadlines = pending.iter().filter_map(|fence| fence.deadline().map(|deadline| (deadline, fence)));
-            let mut next = None;
-            for (deadline, fence) in deadlines {
-                if deadline <= now {
-                    fence.expire();
-                } else {
-                    next = Some(next.map_or(deadline, |earlier: Duration| earlier.min(deadline)));
-                }
-            }
+            let (pending, next) = self.expire_due(now);
             let known = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
             if known.iter().any(|fence| !pending.iter().any(|looked_at| Arc::ptr_eq(looked_at, fence))) {
                 continue;
@@ -125,6 +116,21 @@ impl FenceDomain {
                 Some(deadline) => drop(self.has_pending.wait_timeout(known, deadline.saturating_sub(now))),
             }
         }
+    }
+
+    /// Expires the fences whose deadline is `now` or has passed. Returns all it has looked at, and the next deadline.
+    pub(super) fn expire_due(&self, now: Duration) -> (Vec<Arc<Fence>>, Option<Duration>) {
+        let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let deadlines = pending.iter().filter_map(|fence| fence.deadline().map(|deadline| (deadline, fence)));
+        let mut next = None;
+        for (deadline, fence) in deadlines {
+            if deadline <= now {
+                fence.expire();
+            } else {
+                next = Some(next.map_or(deadline, |earlier: Duration| earlier.min(deadline)));
+            }
+        }
+        (pending, next)
     }
 
     fn release_passed(&self) {
@@ -359,12 +365,14 @@ impl Fence {
     /// Begins the switch. Call right after publishing the prepared view of every member. Releases at once if nobody needs to be waited for.
     pub fn switch(self: &Arc<Self>) {
         self.lock_times().began = (self.domain.clock)();
+        // The generation advances before anybody can find the fence, and expire it: then completions go on, and threads must see that their
+        // views are old. Threads that pass before it is found are seen below.
+        self.generation.store(self.domain.advance(), SeqCst);
         {
             let mut pending = self.domain.pending.lock().unwrap_or_else(PoisonError::into_inner);
             pending.push(Arc::clone(self));
             self.domain.pending_count.store(pending.len(), SeqCst);
         }
-        self.generation.store(self.domain.advance(), SeqCst);
         self.release_if_passed();
         if self.outcome().is_none() {
             self.domain.has_pending.notify_all();

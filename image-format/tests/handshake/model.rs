@@ -34,7 +34,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 pub(crate) enum Ending {
     /// It is waited for.
     Waits,
-    /// It expires at any time after the switch has begun.
+    /// It expires at any time once it can be found: by a watch over deadlines, or by the control thread.
     Expires,
     /// It is given up before the views are published.
     Aborted,
@@ -174,20 +174,27 @@ impl Host {
     }
 
     /// Puts one layer on every device. Gives the outcome.
-    fn snapshot(&self, ending: Ending) -> FenceOutcome {
+    fn snapshot(self: &Arc<Self>, ending: Ending) -> FenceOutcome {
         let fence = self.domain.fence();
         let prepared: Vec<_> = self.devices.iter().map(|device| device.prepare(&fence)).collect();
         if ending == Ending::Aborted {
             return fence.expire();
         }
+        let watch = (ending == Ending::Expires).then(|| {
+            let host = Arc::clone(self);
+            spawn(move || drop(host.domain.expire_due(Duration::ZERO)))
+        });
         let old: Vec<_> = self.devices.iter().zip(prepared).map(|(device, view)| device.publish(view)).collect();
-        fence.switch();
+        fence.switch_until(if ending == Ending::Expires { Duration::ZERO } else { Duration::MAX });
         let outcome = match ending {
             Ending::Expires => fence.expire(),
             _ => block_on(fence.ended()),
         };
         if ending == Ending::Waits {
             assert_eq!(outcome, FenceOutcome::Released);
+        }
+        if let Some(watch) = watch {
+            watch.join().expect("it looks once");
         }
         for (device, view) in self.devices.iter().zip(old) {
             let layer = view.layer;
