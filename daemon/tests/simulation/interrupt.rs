@@ -32,7 +32,7 @@ const MOST_HELD_UP: u64 = 100;
 /// Before a switch, to bring a queue thread to work, and in it without that thread.
 const TO_BE_BUSY: u64 = 12;
 const MOST_WITHOUT_ONE: u64 = 150;
-/// Time that passes during one interruption, at most, or a little more: deadlines are seldom missed.
+/// Time that passes during one interruption, at most: long deadlines are not missed.
 const MOST_AT_ONCE: Duration = Duration::from_millis(100);
 /// Requests that the guest has more wishes for meanwhile.
 const WISHES_IN_SWITCH: u32 = 5;
@@ -101,8 +101,7 @@ impl Others {
                 break;
             }
             match chance.index(self.threads.len() + 3) {
-                0 if self.environment.now() > until => {}
-                0 => drop(self.environment.advance()),
+                0 => self.let_time_pass(until),
                 1 => guest_turn(&guest),
                 2 => self.control.turn_if_free(),
                 thread if held_up.is_some_and(|(held_up, until)| thread - 3 == held_up && turn < until) => {}
@@ -131,8 +130,7 @@ impl Others {
         let until = self.environment.now() + MOST_AT_ONCE;
         for _ in 0..chance.below(MOST_WITHOUT_ONE) {
             match chance.index(3) {
-                0 if self.environment.now() > until => {}
-                0 => drop(self.environment.advance()),
+                0 => self.let_time_pass(until),
                 1 => self.guest_has_turn(),
                 _ => self.threads.iter().filter(|thread| !thread.is_busy()).for_each(QueueThread::turn_at_once),
             }
@@ -142,6 +140,13 @@ impl Others {
             self.guest_has_turn();
         }
         busy.turn_at_once();
+    }
+
+    /// Up to the next event, unless that is later.
+    fn let_time_pass(&self, until: Duration) {
+        if self.environment.next_event().is_some_and(|at| at <= until) {
+            self.environment.advance();
+        }
     }
 
     fn guest_has_turn(&self) {

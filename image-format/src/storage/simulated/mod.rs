@@ -288,6 +288,11 @@ impl SimulatedEnvironment {
         Self::with_disk(seed, world.disk.crashed(|_, _| true), world.now)
     }
 
+    /// When the next event is: an operation shows an effect or ends, or somebody who sleeps is woken.
+    pub fn next_event(&self) -> Option<Duration> {
+        lock(&self.world).next_time()
+    }
+
     /// Moves the clock to the next event, as [`Simulation`] does by itself. `false` if there is none.
     pub fn advance(&self) -> bool {
         let mut world = lock(&self.world);

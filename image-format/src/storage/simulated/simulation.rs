@@ -4,13 +4,18 @@ use std::cell::Cell;
 use std::fmt;
 use std::future::Future;
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::SimulatedEnvironment;
 use crate::runtime::{Executor, Unpark};
-use crate::storage::Chance;
+use crate::storage::{Chance, Environment};
 
 /// More turns than any test takes: something goes round for ever.
 const MAX_TURNS: u64 = 200_000_000;
+
+/// Nothing that is so far away is waited for while a thread has work: deadlines of seconds pass because something hangs, not because nothing
+/// else is to be waited for.
+const MOST_WAIT: Duration = Duration::from_millis(100);
 
 /// One thread of the simulated program.
 pub trait SimulatedThread {
@@ -97,7 +102,8 @@ impl Simulation {
         let ready: Vec<usize> = (0..self.threads.len()).filter(|thread| self.threads[*thread].has_work()).collect();
         // Now and then the disk is faster than every thread.
         if ready.is_empty() || self.chance.happens(1, 8) {
-            if self.environment.advance() {
+            let is_soon = |at: Duration| at <= self.environment.now() + MOST_WAIT;
+            if (ready.is_empty() || self.environment.next_event().is_some_and(is_soon)) && self.environment.advance() {
                 return true;
             }
             if ready.is_empty() {
