@@ -19,7 +19,7 @@ use super::lifecycle::Phase;
 use super::overlap::MetadataMap;
 use super::refcount::{Refcounts, read_refcount};
 use super::snapshot::{SnapshotError, Snapshots};
-use super::unwritten::Unwritten;
+use super::unwritten::{self, Unwritten};
 use super::{Inner, Qcow2};
 
 /// How to open an image.
@@ -206,6 +206,12 @@ impl<E: Environment> Inner<E> {
         let Some(memory) = keeper.find(number).map_err(|error| unusable(error.to_string()))? else { return Ok(()) };
         let left = Unwritten::left(&*memory, self.slices.slice_len() / 8).map_err(|detail| unusable(detail.to_owned()))?;
         let (l1_entries, slices) = (self.l1().len() as u64, u64::from(self.format.geometry.slices_per_table()));
+        // What follows may fail too. If it does not, this memory is not needed any more.
+        unwritten::note_failure(&*memory);
+        if left.has_failed {
+            self.rewrite_metadata().await?;
+        }
+        let left = left.slices;
         if left.iter().any(|slice| u64::from(slice.key.l1_index) >= l1_entries || u64::from(slice.key.slice) >= slices) {
             return Err(unusable("it has parts of other tables".to_owned()));
         }

@@ -60,6 +60,11 @@ impl MetadataMap {
         }
     }
 
+    /// Runs of clusters, those found at opening, in order.
+    pub(super) fn found(&self) -> &[Range<u64>] {
+        &self.found
+    }
+
     fn was_found(&self, cluster: u64) -> bool {
         let after = self.found.partition_point(|range| range.start <= cluster);
         after > 0 && self.found[after - 1].contains(&cluster)
