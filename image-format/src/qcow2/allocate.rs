@@ -483,11 +483,59 @@ impl<E: Environment> Inner<E> {
 mod tests {
     use std::path::Path;
 
+    use super::*;
     use crate::layer::Reservation;
     use crate::qcow2::testing::{SIMULATED_IMAGE, with_image};
     use crate::qcow2::{CheckOptions, CreateOptions, check};
-    use crate::storage::{Access, CacheMode, Environment, Location};
+    use crate::storage::{Access, CacheMode, Location};
     use crate::units::{GuestOffset, GuestRange};
+
+    /// One that has looked at all clusters, with clusters of 512 bytes and 256 counts in a block.
+    fn allocator() -> Allocator {
+        let geometry = Geometry::new(9, false, 4);
+        let refcounts = Refcounts::new(geometry, HostOffset::new(512), 1, vec![0; 64]);
+        Allocator::new(geometry, refcounts, 1, 1, None)
+    }
+
+    #[test]
+    fn free_clusters_that_touch_are_one_run() {
+        let mut allocator = allocator();
+        for run in [10..12, 14..16, 20..21, 12..14, 21..25, 9..10] {
+            allocator.add_free(run);
+        }
+        assert_eq!(allocator.free, BTreeMap::from([(9, 7), (20, 5)]));
+        allocator.add_free(16..20);
+        assert_eq!(allocator.free, BTreeMap::from([(9, 16)]));
+    }
+
+    #[test]
+    fn free_clusters_are_taken_within_a_block_and_no_more_than_wanted() {
+        let mut allocator = allocator();
+        allocator.add_free(250..300);
+        assert_eq!(allocator.take_free(100), Some(250..256));
+        assert_eq!(allocator.free, BTreeMap::from([(256, 44)]));
+        assert_eq!(allocator.take_free(10), Some(256..266));
+        assert_eq!(allocator.take_free(34), Some(266..300));
+        assert_eq!(allocator.take_free(1), None);
+    }
+
+    #[test]
+    fn what_is_ready_is_low_below_a_quarter_of_a_batch() {
+        let mut allocator = allocator();
+        assert_eq!(allocator.batch_clusters(), 8192);
+        allocator.refcounts.insert(1, &[0; 512], |_| false);
+        allocator.push_ready(256..256, false);
+        assert!(allocator.ready.is_empty() && allocator.is_low());
+        allocator.push_ready(256..258, false);
+        allocator.push_ready(1000..1000 + 2047, true);
+        assert!(!allocator.is_low());
+        assert!(!allocator.take().expect("ready").reads_zero);
+        assert!(!allocator.is_low(), "a quarter is left");
+        allocator.take().expect("ready");
+        assert!(allocator.is_low());
+        assert!(allocator.clear_ready().into_iter().eq(std::iter::once(1000..3047)));
+        assert_eq!((allocator.ready_clusters, allocator.take().is_none()), (0, true));
+    }
 
     /// In memory only metadata gets its space before it is written, and that must be known for what it is.
     #[test]

@@ -397,4 +397,57 @@ mod tests {
         assert_eq!(refcounts.plan_append((8 << 20) / 8 * 64, 1), Err("refcount table"));
         assert_eq!(empty(21, 0, 64).plan_append(HOST_LIMIT >> 21, 1), Err("file positions"));
     }
+
+    #[test]
+    fn an_append_takes_what_it_needs_and_no_more() {
+        let plan = |end, clusters| empty(9, 4, 64).plan_append(end, clusters).expect("fits");
+        // 256 refcounts in a block: what ends with the last of a block needs no other one.
+        assert_eq!(plan(256, 255), AppendPlan { table_clusters: 0, block_clusters: 1, clusters: 255 });
+        assert_eq!(plan(256, 256), AppendPlan { table_clusters: 0, block_clusters: 2, clusters: 256 });
+        // 64 entries in a cluster of the table: 65 blocks need two, and get half as many again and one.
+        assert_eq!(plan(64 * 256 - 1, 10), AppendPlan { table_clusters: 4, block_clusters: 2, clusters: 10 });
+        // The last block of the largest table can be filled to its end.
+        let refcounts = empty(9, 6, 64);
+        let end_of_all = (8 << 20) / 8 * 64;
+        let plans = (end_of_all - 16_700..end_of_all).filter_map(|end| Some((end, refcounts.plan_append(end, 1).ok()?)));
+        let filling: Vec<_> = plans.filter(|(end, plan)| end + plan.total() == end_of_all).collect();
+        assert!(!filling.is_empty() && filling.iter().all(|(_, plan)| plan.table_clusters == 16_384), "{filling:?}");
+    }
+
+    #[test]
+    fn clean_blocks_make_room_for_others() {
+        let bytes = vec![0; 1 << 21];
+        let mut refcounts = empty(21, 4, 64);
+        refcounts.insert(0, &bytes, |_| false);
+        refcounts.insert(1, &bytes, |_| false);
+        refcounts.set(HostCluster(1 << 20), 1);
+        refcounts.take_writes();
+        refcounts.insert(2, &bytes, |_| false);
+        refcounts.set(HostCluster(2 << 20), 1);
+        refcounts.insert(3, &bytes, |_| false);
+        let loaded = |refcounts: &Refcounts| (0..5).filter(|index| refcounts.block_state(*index) == BlockState::Loaded).collect::<Vec<_>>();
+        assert_eq!(loaded(&refcounts), [0, 1, 2, 3]);
+        // One is being written, one is newer than the file, and one is wanted.
+        refcounts.insert(4, &bytes, |index| index == 3);
+        assert_eq!(loaded(&refcounts), [1, 2, 3, 4]);
+        let mut refcounts = empty(16, 4, 8192);
+        (0..128).for_each(|index| refcounts.insert(index, &bytes[..1 << 16], |_| false));
+        assert_eq!(refcounts.blocks.len(), 128);
+        refcounts.insert(128, &bytes[..1 << 16], |_| false);
+        assert_eq!(refcounts.blocks.len(), 1);
+        refcounts.let_go();
+        assert!(refcounts.blocks.is_empty() && refcounts.table.is_empty());
+    }
+
+    #[test]
+    fn free_clusters_are_found_in_runs() {
+        let mut refcounts = empty(9, 4, 64);
+        refcounts.insert(1, &[0; 512], |_| false);
+        for used in [256, 260, 261, 300] {
+            refcounts.set(HostCluster(used), 1);
+        }
+        assert_eq!(refcounts.free_runs(1, 0, 1000), [257..260, 262..300, 301..512]);
+        assert_eq!(refcounts.free_runs(1, 258, 299), [258..260, 262..299]);
+        assert!(refcounts.free_runs(2, 0, 1000).is_empty(), "it is not in memory");
+    }
 }
