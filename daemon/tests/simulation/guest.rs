@@ -1,4 +1,4 @@
-//! A guest with two disks of two queues each, and the threads of the daemon that serve them.
+//! A guest with two or three disks of two queues each, and the threads of the daemon that serve them.
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Write;
@@ -22,7 +22,8 @@ use super::model::{End, Model, cluster, filled, range};
 use super::queue_thread;
 use super::support::Answer;
 
-pub(crate) const DISKS: [&str; 2] = ["vda", "vdb"];
+/// Names of the disks. Not every guest has the last one.
+pub(crate) const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
 const QUEUES: u16 = 2;
 const QUEUE_SIZE: u16 = 16;
 const LAYOUT: RingLayout = RingLayout { size: QUEUE_SIZE, descriptors: 0x1000, available: 0x2000, used: 0x3000 };
@@ -134,11 +135,11 @@ fn new_disk(chance: &mut Chance) -> Disk {
 }
 
 impl Guest {
-    pub(crate) fn new(seed: u64, shown: bool) -> Self {
+    pub(crate) fn new(disks: usize, seed: u64, shown: bool) -> Self {
         let mut chance = Chance::new(seed ^ 0x9_0e57);
         Self {
-            disks: DISKS.map(|_| new_disk(&mut chance)).into(),
-            model: Model::new(DISKS.len()),
+            disks: (0..disks).map(|_| new_disk(&mut chance)).collect(),
+            model: Model::new(disks),
             chance,
             trace: Trace::new(shown),
             wishes: 0,
@@ -154,11 +155,19 @@ impl Guest {
     /// The machine of the guest is gone, and comes again.
     pub(crate) fn power_cut(&mut self) {
         self.daemon_gone();
-        self.disks = DISKS.map(|_| new_disk(&mut self.chance)).into();
+        self.model.power_cut();
+        self.disks = (0..self.disks.len()).map(|_| new_disk(&mut self.chance)).collect();
     }
 
-    /// The daemon is gone. The guest sees nothing of that.
-    pub(crate) fn daemon_gone(&mut self) {
+    /// The daemon is gone. The guest sees nothing of that, and finds what has come back before.
+    pub(crate) fn killed(&mut self) {
+        for disk in 0..self.disks.len() {
+            (0..usize::from(QUEUES)).for_each(|queue| self.reap(disk, queue));
+        }
+        self.daemon_gone();
+    }
+
+    fn daemon_gone(&mut self) {
         self.asked.clear();
         self.awaits_snapshot = false;
         self.model.daemon_gone();

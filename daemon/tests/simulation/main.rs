@@ -1,5 +1,5 @@
 //! The whole daemon in a simulation, many times: the manager with its catalogue, queue threads with their rings, stacks, and a guest that writes,
-//! reads and flushes on two disks while group snapshots are taken. A power cut or a kill ends the daemon at any instant, and another one goes on.
+//! reads and flushes on two or three disks while group snapshots are taken. A power cut or a kill ends the daemon at any instant, and another one goes on.
 //! One seed is one run, in one thread. What must hold:
 //!
 //! 1. A read gives what was last written.
@@ -24,6 +24,7 @@ mod run;
 #[allow(dead_code, reason = "other tests use the rest")]
 mod support;
 
+use std::collections::BTreeMap;
 use std::panic::catch_unwind;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,7 +50,8 @@ fn nothing_is_lost_and_every_snapshot_is_one_cut() {
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 4 << 20) };
     let seeds = number("SNAPFENCE_SEEDS").unwrap_or(SEEDS);
     let (next, failures, simulated) = (AtomicU64::new(0), Mutex::new(Vec::new()), Mutex::new(Duration::ZERO));
-    let counts: [AtomicU64; 6] = Default::default();
+    let counts: [AtomicU64; 5] = Default::default();
+    let failed = Mutex::new(BTreeMap::<String, u64>::new());
     let began = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
@@ -64,9 +66,12 @@ fn nothing_is_lost_and_every_snapshot_is_one_cut() {
                         failures.lock().expect("no panics").push(seed);
                         continue;
                     };
-                    let found = [outcome.requests, outcome.frozen, outcome.failed, outcome.power_cuts, outcome.kills, outcome.errors];
+                    let found = [outcome.requests, outcome.frozen, outcome.power_cuts, outcome.kills, outcome.errors];
                     for (count, more) in counts.iter().zip(found) {
                         count.fetch_add(more, Ordering::Relaxed);
+                    }
+                    for (why, times) in outcome.failed {
+                        *failed.lock().expect("no panics").entry(why).or_default() += times;
                     }
                     *simulated.lock().expect("no panics") += outcome.simulated;
                 }
@@ -74,11 +79,14 @@ fn nothing_is_lost_and_every_snapshot_is_one_cut() {
         }
     });
     let (real, simulated) = (began.elapsed().as_secs_f64(), simulated.lock().expect("no panics").as_secs_f64());
-    let [requests, frozen, failed, power_cuts, kills, errors] = counts.each_ref().map(|count| count.load(Ordering::Relaxed));
+    let [requests, frozen, power_cuts, kills, errors] = counts.each_ref().map(|count| count.load(Ordering::Relaxed));
     eprintln!("{seeds} seeds, {:.0} seeds per second, {:.3} simulated seconds per real second", seeds as f64 / real, simulated / real);
-    eprintln!(
-        "{requests} requests, {errors} of them failed, {frozen} snapshots frozen, {failed} not, {power_cuts} power cuts, {kills} kills"
-    );
+    let failed = failed.into_inner().expect("no panics");
+    let not = failed.values().sum::<u64>();
+    eprintln!("{requests} requests, {errors} of them failed, {frozen} snapshots frozen, {not} not, {power_cuts} power cuts, {kills} kills");
+    for (why, times) in failed {
+        eprintln!("{times} snapshots failed: {why}");
+    }
     let mut failures = failures.lock().expect("no panics").clone();
     failures.sort_unstable();
     assert!(failures.is_empty(), "{} of {seeds} seeds fail: {:?}", failures.len(), &failures[..failures.len().min(20)]);

@@ -1,7 +1,7 @@
 //! One run: lives of a daemon, each ended by a power cut or a kill, but for the last, which ends well.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -30,6 +30,8 @@ const MOST_ROUNDS: u64 = 4;
 const MOST_WISHES: u64 = 12;
 /// How often the guest has more wishes while a snapshot is being taken.
 const MOST_MEANWHILE: u32 = 16;
+/// Turns of that after which a snapshot is cancelled, at most.
+const MOST_BEFORE_CANCEL: u64 = 4;
 /// Turns after a switch at which a daemon may be ended.
 const AFTER_SWITCH: u64 = 100;
 /// Microseconds before each.
@@ -55,7 +57,8 @@ pub(crate) struct Outcome {
     pub(crate) trace: u64,
     pub(crate) requests: u64,
     pub(crate) frozen: u64,
-    pub(crate) failed: u64,
+    /// Why snapshots have failed, and how often.
+    pub(crate) failed: BTreeMap<String, u64>,
     pub(crate) power_cuts: u64,
     pub(crate) kills: u64,
     pub(crate) simulated: Duration,
@@ -68,14 +71,14 @@ struct Run {
     guest: Rc<RefCell<Guest>>,
     catalogue: CatalogueFile,
     keeper: Arc<TestKeeper>,
-    /// Which disks are qcow2 images.
-    qcow2: [bool; DISKS.len()],
+    /// Which disks are qcow2 images; as many as there are disks.
+    qcow2: Vec<bool>,
     /// Whether a power cut has taken from the disks what the model still has.
     unsettled: Rc<Cell<bool>>,
     /// Oracle 5: what is in frozen layers.
     layers: Rc<RefCell<BTreeMap<String, FileContent>>>,
     snapshots: Rc<Cell<u32>>,
-    failed: Rc<Cell<u64>>,
+    failed: Rc<RefCell<BTreeMap<String, u64>>>,
 }
 
 /// A daemon's threads.
@@ -106,11 +109,22 @@ impl Threads {
 struct Life {
     world: World,
     guest: Rc<RefCell<Guest>>,
-    qcow2: [bool; DISKS.len()],
+    qcow2: Vec<bool>,
     unsettled: Rc<Cell<bool>>,
     layers: Rc<RefCell<BTreeMap<String, FileContent>>>,
     snapshots: Rc<Cell<u32>>,
-    failed: Rc<Cell<u64>>,
+    failed: Rc<RefCell<BTreeMap<String, u64>>>,
+}
+
+fn job_of(snapshot: u32) -> String {
+    format!("j{snapshot}")
+}
+
+/// Why something failed without what is different every time: names, paths, numbers.
+fn kind_of(why: &str) -> String {
+    let word =
+        |word: &str| if word.contains(|c: char| c.is_ascii_digit() || "/'".contains(c)) { "…".to_owned() } else { word.to_owned() };
+    why.split(' ').map(word).collect::<Vec<_>>().join(" ")
 }
 
 fn image(disk: usize, qcow2: bool) -> String {
@@ -123,7 +137,7 @@ fn format_of(path: &str) -> Format {
 
 impl Life {
     async fn create(&self) {
-        for (disk, qcow2) in self.qcow2.into_iter().enumerate() {
+        for (disk, &qcow2) in self.qcow2.iter().enumerate() {
             let path = image(disk, qcow2);
             if qcow2 {
                 self.world.create(&path, &CreateOptions::standalone(SECTORS * SECTOR_BYTES)).await;
@@ -133,11 +147,11 @@ impl Life {
         }
     }
 
-    /// Recovery, and then so many snapshots while the guest goes on. With a disk that `fails`, the power has to be cut afterwards: what a failed
-    /// flush has lost can be seen until then.
+    /// Recovery, and then so many snapshots while the guest goes on, perhaps with a disk that `fails`. What a failed flush has lost can be seen
+    /// until the power is cut.
     async fn live(self, rounds: u64, looks: bool, fails: bool) {
         self.world.manager.recover().await.unwrap_or_else(|error| panic!("recovery: {error}"));
-        for (disk, qcow2) in self.qcow2.into_iter().enumerate() {
+        for (disk, &qcow2) in self.qcow2.iter().enumerate() {
             let (name, path, format) = (DISKS[disk], image(disk, qcow2), if qcow2 { "qcow2" } else { "raw" });
             let specification = format!("name={name},image={path},format={format},socket=/run/{name},queues=2,queue-size=16");
             self.world.serve(&specification).await.unwrap_or_else(|error| panic!("{error}"));
@@ -201,7 +215,7 @@ impl Life {
 
     async fn settle(&self) {
         let mut found = Vec::new();
-        for disk in DISKS {
+        for disk in &DISKS[..self.qcow2.len()] {
             let view = self.world.manager.device(disk).expect("a device").stack.view();
             let room = snapfence_image_format::buffer::AlignedBuffer::zeroed(usize::try_from(SECTORS * SECTOR_BYTES).expect("small"));
             let (result, buffer) = view.read(snapfence_image_format::units::GuestOffset::ZERO, room.into()).await;
@@ -221,24 +235,29 @@ impl Life {
         let number = self.snapshots.get() + 1;
         self.snapshots.set(number);
         let name = format!("s{number}");
-        let members = match self.guest.borrow_mut().chance.below(6) {
-            0 => vec![0],
-            1 => vec![1],
-            _ => vec![0, 1],
-        };
+        let members = self.members();
         let deadline_ms = if self.guest.borrow_mut().chance.happens(1, 8) { 1 } else { 10_000 };
         let devices: Vec<Value> = members.iter().map(|disk| json!({ "device": DISKS[*disk] })).collect();
         let answer = {
             let guest = &mut *self.guest.borrow_mut();
             guest.trace.note(format_args!("{name} of {members:?} is asked for"));
             guest.model.asked(&name, members);
-            let answer = self.world.begin("snapshot-create", json!({ "name": name, "devices": devices, "deadline-ms": deadline_ms }));
+            let arguments = json!({ "name": name, "devices": devices, "deadline-ms": deadline_ms, "job-id": job_of(number) });
+            let answer = self.world.begin("snapshot-create", arguments);
             guest.asked.push((name.clone(), answer.clone()));
             guest.awaits_snapshot = true;
             answer
         };
+        let mut cancelled_at = {
+            let chance = &mut self.guest.borrow_mut().chance;
+            chance.happens(1, 12).then(|| u32::try_from(chance.below(MOST_BEFORE_CANCEL)).expect("few"))
+        };
+        let mut is_cancelled = None;
         // The guest is busy meanwhile.
-        for _ in 0..MOST_MEANWHILE {
+        for turn in 0..MOST_MEANWHILE {
+            if cancelled_at.take_if(|at| *at <= turn).is_some() {
+                is_cancelled = Some(self.world.begin("job-cancel", json!({ "id": job_of(number) })));
+            }
             if answer.is_there() {
                 break;
             }
@@ -258,20 +277,42 @@ impl Life {
         if is_full {
             self.world.environment.set_space_limit(None);
         }
+        let is_cancelled = match is_cancelled {
+            Some(answer) => answer.wait().await.is_ok(),
+            None => false,
+        };
         if let Err(failure) = answered {
-            self.guest.borrow_mut().trace.note(format_args!("{name}: {}", failure.desc));
-            self.failed.set(self.failed.get() + 1);
+            self.has_failed(&name, &failure.desc);
             return;
         }
         let info = self.world.settled(&name).await;
+        assert!(!is_cancelled || info["state"] == "failed", "{name} was cancelled, and is {}", info["state"]);
         if info["state"] == "frozen" {
             // Whoever looks has no disk that fails.
             self.world.environment.clear_faults();
             self.look_at(&name, &info).await;
         } else {
-            self.failed.set(self.failed.get() + 1);
+            self.has_failed(&name, info["error"].as_str().expect("why"));
         }
         self.guest.borrow_mut().trace.note(format_args!("{name} is {}", info["state"]));
+    }
+
+    /// All disks mostly, or some of them.
+    fn members(&self) -> Vec<usize> {
+        let chance = &mut self.guest.borrow_mut().chance;
+        let all = 0..self.qcow2.len();
+        if chance.happens(1, 3) {
+            let some: Vec<usize> = all.clone().filter(|_| chance.happens(1, 2)).collect();
+            if !some.is_empty() {
+                return some;
+            }
+        }
+        all.collect()
+    }
+
+    fn has_failed(&self, name: &str, why: &str) {
+        self.guest.borrow_mut().trace.note(format_args!("{name}: {why}"));
+        *self.failed.borrow_mut().entry(kind_of(why)).or_default() += 1;
     }
 
     async fn look_at(&self, name: &str, info: &Value) {
@@ -364,7 +405,7 @@ impl Run {
         let life = Life {
             world,
             guest: Rc::clone(&self.guest),
-            qcow2: self.qcow2,
+            qcow2: self.qcow2.clone(),
             unsettled: Rc::clone(&self.unsettled),
             layers: Rc::clone(&self.layers),
             snapshots: Rc::clone(&self.snapshots),
@@ -388,11 +429,12 @@ fn end_in_turn(chance: &mut Chance) -> Option<End> {
 /// Runs a seed to its end.
 pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
     let mut chance = Chance::new(seed);
+    let disks = if chance.happens(1, 3) { 3 } else { 2 };
     let mut run = Run {
-        guest: Rc::new(RefCell::new(Guest::new(seed, shown))),
+        guest: Rc::new(RefCell::new(Guest::new(disks, seed, shown))),
         catalogue: CatalogueFile::default(),
         keeper: Arc::default(),
-        qcow2: [chance.happens(2, 3), chance.happens(2, 3)],
+        qcow2: (0..disks).map(|_| chance.happens(2, 3)).collect(),
         unsettled: Rc::default(),
         layers: Rc::default(),
         snapshots: Rc::default(),
@@ -400,6 +442,8 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
     };
     let mut outcome = Outcome::default();
     let mut environment = SimulatedEnvironment::new(chance.number());
+    // Since a daemon was killed after a flush had failed: the layers that were frozen before. What is beneath others is not all durable.
+    let mut sound: Option<BTreeSet<String>> = None;
     {
         let (mut threads, life) = run.begin(environment.clone(), None);
         threads.block_on(async move { life.create().await });
@@ -429,20 +473,28 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
         drop(threads);
         let guest = &mut *run.guest.borrow_mut();
         guest.wishes = 0;
-        if chance.happens(1, 2) || guest.disk_fails {
-            guest.disk_fails = false;
+        if chance.happens(1, 2) || guest.disk_fails && chance.happens(1, 2) {
             environment = environment.crash();
             run.catalogue = run.catalogue.after_power_cut();
             run.keeper.forget();
             guest.power_cut();
+            if let Some(sound) = sound.take() {
+                run.layers.borrow_mut().retain(|layer, _| sound.contains(layer));
+            }
             run.unsettled.set(true);
             outcome.power_cuts += 1;
         } else {
             environment = environment.killed();
             run.catalogue = run.catalogue.after_kill();
-            guest.daemon_gone();
+            guest.killed();
+            if guest.disk_fails {
+                // A flush may have failed without anybody having been told.
+                guest.model.may_have_lost();
+                sound.get_or_insert_with(|| run.layers.borrow().keys().cloned().collect());
+            }
             outcome.kills += 1;
         }
+        guest.disk_fails = false;
         guest.trace.note(format_args!("the daemon is gone; unsettled {}, at {:?}", run.unsettled.get(), environment.now()));
     }
     let (mut threads, life) = run.begin(environment.clone(), None);
@@ -454,7 +506,7 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
     outcome.trace = guest.trace.hash();
     (outcome.requests, outcome.errors) = (guest.completed, guest.errors);
     outcome.frozen = guest.model.frozen().len() as u64;
-    outcome.failed = run.failed.get();
+    outcome.failed = run.failed.take();
     outcome.simulated = environment.now();
     outcome
 }
