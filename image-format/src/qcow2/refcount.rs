@@ -449,5 +449,8 @@ mod tests {
         assert_eq!(refcounts.free_runs(1, 0, 1000), [257..260, 262..300, 301..512]);
         assert_eq!(refcounts.free_runs(1, 258, 299), [258..260, 262..299]);
         assert!(refcounts.free_runs(2, 0, 1000).is_empty(), "it is not in memory");
+        refcounts.insert(2, &[0; 512], |_| false);
+        refcounts.set(HostCluster(513), 1);
+        assert_eq!(refcounts.free_runs(2, 0, 516), [512..513, 514..516]);
     }
 }
