@@ -147,7 +147,7 @@ fn a_second_snapshot_follows_the_first() {
 #[test]
 fn a_fence_that_expires_leaves_nobody_waiting() {
     explore("2x2, expiry", 2, two_by_two(vec![Ending::Expires]));
-    explore("2x2, a snapshot after expiry", 1, two_by_two(vec![Ending::Expires, Ending::Waits]));
+    explore("2x2, a snapshot after expiry", 2, two_by_two(vec![Ending::Expires, Ending::Waits]));
 }
 
 #[test]
