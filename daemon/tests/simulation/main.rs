@@ -1,6 +1,6 @@
 //! The whole daemon in a simulation, many times: the manager with its catalogue, queue threads with their rings, stacks, and a guest that writes,
-//! reads and flushes on two or three disks while group snapshots are taken. A power cut or a kill ends the daemon at any instant, and another one goes on.
-//! One seed is one run, in one thread. What must hold:
+//! reads and flushes on two or three disks while group snapshots are taken. A power cut or a kill ends the daemon at any instant, and another
+//! one goes on. One seed is one run, in one thread. What must hold:
 //!
 //! 1. A read gives what was last written.
 //! 2. What a flush has covered survives a power cut; what was acknowledged survives a kill, and what was in flight then completes, once.
