@@ -39,7 +39,13 @@ fn clients_are_told_when_front_ends_come_and_go() -> Result<()> {
         if killed {
             process.signal(Signal::KILL)?;
         } else {
-            Qmp::connect(&place.path("qmp.sock"))?.execute("quit", json!({}))?;
+            // The device connects before QEMU listens here.
+            let mut monitor = None;
+            process.wait_until("monitor", PATIENCE, |_| {
+                monitor = Qmp::connect(&place.path("qmp.sock")).ok();
+                monitor.is_some()
+            })?;
+            monitor.context("there is a monitor")?.execute("quit", json!({}))?;
         }
         process.wait(PATIENCE)?;
         let gone = client.wait_event(|event| event["event"].as_str().is_some_and(|name| name.starts_with("DEVICE_")))?;
