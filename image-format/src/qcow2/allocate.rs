@@ -481,12 +481,15 @@ impl<E: Environment> Inner<E> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::path::Path;
 
     use super::*;
+    use crate::extent::{ExtentList, Mapping};
     use crate::layer::Reservation;
-    use crate::qcow2::testing::{SIMULATED_IMAGE, with_image};
-    use crate::qcow2::{CheckOptions, CreateOptions, check};
+    use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image, write};
+    use crate::qcow2::{CheckOptions, CreateOptions, OpenOptions, check};
+    use crate::storage::simulated::SimulatedEnvironment;
     use crate::storage::{Access, CacheMode, Location};
     use crate::units::{GuestOffset, GuestRange};
 
@@ -535,6 +538,147 @@ mod tests {
         assert!(allocator.is_low());
         assert!(allocator.clear_ready().into_iter().eq(std::iter::once(1000..3047)));
         assert_eq!((allocator.ready_clusters, allocator.take().is_none()), (0, true));
+    }
+
+    async fn open(disk: &SimulatedEnvironment) -> SimulatedImage {
+        let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+        let file = disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there");
+        SimulatedImage::open(file, OpenOptions::writing()).await.expect("an image")
+    }
+
+    /// An image full of data but for some clusters of the disk, which were discarded; opened again. Answers with the
+    /// clusters of the file that nothing uses as well.
+    async fn with_holes(disk: &SimulatedEnvironment, image: SimulatedImage, discarded: &[Range<u64>]) -> (SimulatedImage, Vec<u64>) {
+        let bytes = image.geometry().cluster_bytes();
+        let clusters = image.virtual_size() / bytes;
+        for cluster in 0..clusters {
+            write(&image, cluster * bytes, bytes).await;
+        }
+        for cluster in discarded.iter().cloned().flatten() {
+            let range = GuestRange::new(GuestOffset::new(cluster * bytes), bytes);
+            image.discard(range, false, &|_| {}).await.expect("nothing beneath");
+        }
+        image.freeze(async {}).await.expect("sound");
+        drop(image);
+        let image = open(disk).await;
+        let mut extents = ExtentList::new();
+        image.map(GuestRange::new(GuestOffset::ZERO, clusters * bytes), &mut extents).await.expect("readable");
+        let mut used = BTreeSet::new();
+        for extent in extents.as_slice() {
+            if let Mapping::Data { host, .. } = extent.mapping {
+                used.extend((0..extent.range.len / bytes).map(|cluster| host.get() / bytes + cluster));
+            }
+        }
+        let end = image.inner.allocator().end;
+        let free: Vec<_> = (0..end).filter(|cluster| !used.contains(cluster) && !image.inner.metadata().contains(*cluster)).collect();
+        assert!(free.len() as u64 >= discarded.iter().map(|range| range.end - range.start).sum());
+        (image, free)
+    }
+
+    /// 2,000 clusters.
+    fn small_clusters(cluster_bits: u32) -> CreateOptions {
+        CreateOptions { cluster_bits, ..CreateOptions::standalone(2000 << cluster_bits) }
+    }
+
+    async fn allocate(image: &SimulatedImage) -> Result<u64, LayerError> {
+        image.inner.allocate().await.map(|fresh| {
+            assert!(!fresh.reads_zero, "something was there before");
+            image.geometry().host_cluster(fresh.host).0
+        })
+    }
+
+    #[test]
+    fn what_is_free_is_used_before_the_file_grows() {
+        with_image(11, small_clusters(9), async |disk, image| {
+            // In several refcount blocks.
+            let (image, free) = with_holes(&disk, image, &[3..4, 10..60, 700..703, 1100..1101, 1500..1999]).await;
+            let end = image.inner.allocator().end;
+            let mut found = Vec::new();
+            for _ in 0..free.len() {
+                found.push(allocate(&image).await.expect("space"));
+            }
+            found.sort_unstable();
+            assert!(
+                found == free,
+                "{} clusters are free, and {} of them were found",
+                free.len(),
+                found.iter().filter(|at| free.contains(at)).count()
+            );
+            assert_eq!(image.inner.allocator().end, end, "the file has grown");
+            let next = image.inner.allocate().await.expect("space");
+            assert!(next.reads_zero && image.geometry().host_cluster(next.host).0 >= end);
+        });
+    }
+
+    #[test]
+    fn free_clusters_without_space_are_tried_again_one_by_one() {
+        with_image(12, small_clusters(12), async |disk, image| {
+            let (image, free) = with_holes(&disk, image, &[3..4, 10..60, 700..703]).await;
+            let allocated = disk.allocated(SIMULATED_IMAGE).expect("there");
+            disk.set_space_limit(Some(allocated));
+            let mut found = Vec::new();
+            // Some have space.
+            while let Ok(cluster) = allocate(&image).await {
+                found.push(cluster);
+            }
+            let without = free.len() - found.len();
+            assert!(without > 50, "most have none");
+            for _ in 0..3 {
+                allocate(&image).await.expect_err("a full disk");
+                let hollow: u64 = image.inner.allocator().hollow.iter().map(|run| run.end - run.start).sum();
+                assert_eq!(hollow, without as u64, "all have been tried, and none is forgotten");
+            }
+            disk.set_space_limit(Some(allocated + 4096));
+            let turn = image.inner.refcount_turn.take().await;
+            assert!(image.inner.use_hollow(&turn).await.expect("sound"), "there is space for one");
+            drop(turn);
+            found.push(allocate(&image).await.expect("ready"));
+            allocate(&image).await.expect_err("and no more");
+            assert_eq!(image.inner.allocator().hollow.iter().map(|run| run.end - run.start).sum::<u64>(), without as u64 - 1);
+            disk.set_space_limit(None);
+            let end = image.inner.allocator().end;
+            // Growing is tried first where nothing else is known to be free, and then what had no space is as good as any.
+            let appended = image.inner.allocate().await.expect("space");
+            assert!(image.geometry().host_cluster(appended.host).0 >= end);
+            while image.inner.allocator().ready_clusters > 0 {
+                image.inner.allocate().await.expect("ready");
+            }
+            while found.len() < free.len() {
+                found.push(allocate(&image).await.expect("space"));
+            }
+            found.sort_unstable();
+            assert_eq!(found, free);
+        });
+    }
+
+    #[test]
+    fn what_the_file_has_after_all_that_is_used_is_used_before_it_grows() {
+        with_image(13, small_clusters(9), async |disk, image| {
+            let used = image.inner.allocator().end;
+            drop(image);
+            let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+            let file = disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there");
+            file.set_len((used + 20) * 512).await.expect("sound");
+            drop(file);
+            let image = open(&disk).await;
+            let begin = image.inner.allocator().end;
+            // The last may be a refcount block for them.
+            for cluster in begin..used + 20 {
+                assert_eq!(image.inner.allocator().left_over(), if cluster == begin { used + 20 - begin } else { 0 });
+                assert_eq!(allocate(&image).await.expect("space"), cluster);
+            }
+            assert!(image.inner.allocate().await.expect("space").reads_zero);
+        });
+    }
+
+    #[test]
+    fn metadata_that_is_not_counted_is_no_free_space() {
+        with_image(14, small_clusters(9), async |_, image| {
+            let end = image.inner.allocator().end;
+            image.inner.check_free(end..end + 1000).expect("nothing is there");
+            let refused = image.inner.check_free(end - 1..end + 1).expect_err("a table is there");
+            assert!(matches!(refused, LayerError::Corrupt { .. }) && image.admit_write().is_err(), "{refused}");
+        });
     }
 
     /// In memory only metadata gets its space before it is written, and that must be known for what it is.
