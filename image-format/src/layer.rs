@@ -11,7 +11,8 @@ use crate::error::LayerError;
 use crate::extent::{Extent, ExtentList};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
-use crate::storage::kept::MemoryKeeper;
+use crate::rounds::Rounds;
+use crate::storage::kept::{Incarnation, MemoryKeeper};
 use crate::storage::{Environment, Storage};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -255,13 +256,39 @@ impl<E: Environment> Layer<E> {
         self.freeze_after(std::future::ready(())).await
     }
 
+    fn rounds(&self) -> &Rounds {
+        match self {
+            Self::Raw(raw) => raw.rounds(),
+            Self::Qcow2(image) => image.rounds(),
+        }
+    }
+
+    /// That the layer cannot be made durable is remembered in `keeper` from now on, beyond the process. Only the first call counts.
+    pub(crate) fn remember_failures(&self, keeper: &Arc<dyn MemoryKeeper>) {
+        self.rounds().remember_in(keeper, Incarnation::of(self.file()));
+    }
+
+    /// Whether a flush had failed before the layer was opened, since the machine was started: what had been written until then may be seen now and
+    /// still be gone after a power cut, whatever later flushes say. Known if there is a keeper.
+    pub fn had_failed(&self) -> bool {
+        self.rounds().had_failed()
+    }
+
+    /// Remembers that the layer could not be made durable, where that was tried past the layer.
+    pub(crate) fn note_failure(&self) {
+        self.rounds().note_failure();
+    }
+
     /// Begins to keep what must not be lost with the process, in an image that was opened without a keeper and has not been written to yet.
     ///
     /// # Errors
     /// As for [`flush`](Self::flush), or if there is no room.
     pub async fn keep(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
         match self {
-            Self::Raw(_) => Ok(()),
+            Self::Raw(_) => {
+                self.remember_failures(keeper);
+                Ok(())
+            }
             Self::Qcow2(image) => image.keep(keeper).await,
         }
     }

@@ -53,6 +53,11 @@ impl<E: Environment> Raw<E> {
         self.virtual_size
     }
 
+    /// Flushes, and what is remembered of their failures.
+    pub(crate) fn rounds(&self) -> &Rounds {
+        &self.rounds
+    }
+
     /// The file.
     pub fn file(&self) -> &E::File {
         &self.file
@@ -102,11 +107,7 @@ impl<E: Environment> Raw<E> {
 
     pub(crate) async fn flush(&self) -> Result<(), LayerError> {
         // Not each its own: two at the same time would share the one report that the kernel gives of lost pages.
-        self.rounds.share(self.flush_device()).await
-    }
-
-    async fn flush_device(&self) -> Result<(), LayerError> {
-        self.file.flush().await.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error))
+        self.rounds.share(self.rounds.flush(&self.file)).await
     }
 
     pub(crate) async fn freeze(&self) -> Result<(), LayerError> {

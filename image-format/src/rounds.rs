@@ -1,9 +1,14 @@
 //! Rounds of making things durable, and the first failure, which ends them.
+//!
+//! That a flush has failed outlives the process, if there is a keeper: what was written before it can be seen until the power is cut, also by a process
+//! that opens the file again, and no flush of that one makes it durable.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::error::{LayerError, Structure};
 use crate::runtime::WaitQueue;
+use crate::storage::Storage;
+use crate::storage::kept::{Incarnation, MemoryKeeper};
 use crate::units::HostOffset;
 
 /// Rounds of work on one file, one at a time. Whoever asks while one is under way waits for the next, because the present one may have begun
@@ -17,6 +22,15 @@ pub(crate) struct Rounds {
     changed: WaitQueue,
     /// The first failure after which what is in the file is unknown.
     failed: OnceLock<LayerError>,
+    outliving: OnceLock<Outliving>,
+}
+
+/// What is remembered of the file beyond this process.
+#[derive(Debug)]
+struct Outliving {
+    keeper: Arc<dyn MemoryKeeper>,
+    file: Incarnation,
+    had_failed: bool,
 }
 
 #[derive(Debug, Default)]
@@ -49,6 +63,34 @@ impl Rounds {
         // Only the first is kept: later ones say no more.
         let _ = self.failed.set(error.clone());
         error
+    }
+
+    /// From now on flushes that fail are remembered in `keeper`. Only the first call counts.
+    pub(crate) fn remember_in(&self, keeper: &Arc<dyn MemoryKeeper>, file: Incarnation) {
+        self.outliving.get_or_init(|| Outliving { keeper: Arc::clone(keeper), file, had_failed: keeper.has_failed(file) });
+    }
+
+    /// Whether a flush of the file had failed, since the machine was started, before it was opened.
+    pub(crate) fn had_failed(&self) -> bool {
+        self.outliving.get().is_some_and(|outliving| outliving.had_failed)
+    }
+
+    /// Remembers beyond this process that a flush of the file has failed. To be called before anybody is told.
+    pub(crate) fn note_failure(&self) {
+        if let Some(Outliving { keeper, file, .. }) = self.outliving.get() {
+            keeper.note_failure(*file);
+        }
+    }
+
+    /// Flushes the file.
+    ///
+    /// # Errors
+    /// What the medium says, after that has been noted.
+    pub(crate) async fn flush(&self, file: &impl Storage) -> Result<(), LayerError> {
+        file.flush().await.map_err(|error| {
+            self.note_failure();
+            LayerError::io("flush", Structure::File, HostOffset::ZERO, error)
+        })
     }
 
     /// Whether nothing has failed.
@@ -110,12 +152,13 @@ impl Rounds {
     }
 
     /// Any failure ends all rounds: what is durable is unknown then. So does a future that is dropped half-way: nobody sees whether what it had
-    /// begun has failed.
+    /// begun, a flush perhaps, has failed.
     async fn run(&self, round: Round<'_>, work: impl Future<Output = Result<(), LayerError>>) -> Result<(), LayerError> {
         struct Abandoned<'a>(&'a Rounds, bool);
         impl Drop for Abandoned<'_> {
             fn drop(&mut self) {
                 if !self.1 {
+                    self.0.note_failure();
                     let source = std::io::ErrorKind::Interrupted.into();
                     self.0.fail(LayerError::io("finish writing", Structure::File, HostOffset::ZERO, source));
                 }
@@ -161,6 +204,9 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
+    use crate::storage::kept::TestKeeper;
+    use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
+    use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location};
 
     type Outcome = Result<(), LayerError>;
 
@@ -280,6 +326,38 @@ mod tests {
         assert_eq!(begun.get(), 1);
         assert!(!rounds.is_running());
         assert!(matches!(now(rounds.share(ready(Ok(())))), Err(LayerError::Failed(_))));
+    }
+
+    #[test]
+    fn a_flush_that_fails_is_remembered_beyond_the_process() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let file = |inode| Incarnation { file: FileIdentity { device: 1, inode }, born: 3 };
+        let disk = SimulatedEnvironment::new(1);
+        disk.put("/a", &[0; 512]);
+        disk.inject(Fault::once(OperationKind::Flush, 0));
+        let rounds_of = |inode| {
+            let rounds = Rounds::default();
+            assert!(!rounds.had_failed());
+            rounds.remember_in(&keeper, file(inode));
+            rounds
+        };
+        let begun = Cell::new(0);
+        let (sound, failing, dropped) = (rounds_of(1), rounds_of(2), rounds_of(3));
+        now(sound.share(ready(Ok(())))).expect("nothing has failed");
+        now(sound.share(ready(Err(failure())))).expect_err("something else than a flush of the file");
+        let failing = Arc::new(failing);
+        let rounds = Arc::clone(&failing);
+        Simulation::on(disk.clone()).block_on(async move {
+            let file = disk.open(&Location::Trusted("/a".into()), Access::Write, CacheMode::Direct).await.expect("a file");
+            rounds.share(rounds.flush(&file)).await.expect_err("a failed flush");
+        });
+        assert!(poll(pin!(dropped.alone(work(&begun, &Cell::new(false))))).is_pending());
+        assert_eq!([&sound, &*failing, &dropped].map(Rounds::had_failed), [false; 3], "not before they were opened");
+        let again = [1, 2, 3, 4].map(rounds_of);
+        assert_eq!(again.each_ref().map(Rounds::had_failed), [false, true, true, false]);
+        again[0].remember_in(&keeper, file(2));
+        assert!(!again[0].had_failed(), "the first call counts");
+        now(again[1].share(ready(Ok(())))).expect("it can be written to again");
     }
 
     #[test]

@@ -196,7 +196,7 @@ pub enum LayerState {
     Freezing,
     /// Nothing.
     Frozen,
-    /// It could not be made durable; flushes of the device fail.
+    /// It could not be made durable: flushes of the device fail or, if it has been opened again since, snapshots.
     Failed,
 }
 

@@ -8,20 +8,70 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use snapfence_image_format::storage::FileIdentity;
-use snapfence_image_format::storage::kept::{KeptMemory, MemoryKeeper};
+use snapfence_image_format::storage::kept::{Incarnation, KeptMemory, MemoryKeeper};
 use vm_memory::{FileOffset, MmapRegion};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// The file that says of which files a flush has failed.
+const FAILURES: &str = "failures";
 
 /// Keeps memory in a directory.
 #[derive(Debug)]
 pub struct FileKeeper {
     directory: PathBuf,
+    failures: Failures,
+}
+
+/// Files of which a flush has failed: as many as there are entries, and if they are more, all files.
+///
+/// ```text
+/// entry:  in use (1), device, inode, time of birth
+/// ```
+///
+/// An entry counts once its first word is stored after the others; the process may end between any two stores.
+#[derive(Debug)]
+struct Failures {
+    memory: Arc<dyn KeptMemory>,
+    /// Whoever adds an entry.
+    adding: Mutex<()>,
+}
+
+const ENTRY_WORDS: usize = 4;
+const MOST_FAILURES: usize = 1024;
+
+impl Failures {
+    fn entries(&self) -> impl Iterator<Item = &[AtomicU64]> {
+        self.memory.words().chunks_exact(ENTRY_WORDS)
+    }
+
+    fn find(&self, file: Incarnation) -> bool {
+        let mut in_use = 0;
+        for entry in self.entries().take_while(|entry| entry[0].load(Ordering::Acquire) != 0) {
+            let [device, inode, born] = [1, 2, 3].map(|word: usize| entry[word].load(Ordering::Relaxed));
+            if file.may_be(Incarnation { file: FileIdentity { device, inode }, born }) {
+                return true;
+            }
+            in_use += 1;
+        }
+        in_use == MOST_FAILURES
+    }
+
+    fn add(&self, file: Incarnation) {
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.find(file) {
+            return;
+        }
+        let Some(free) = self.entries().find(|entry| entry[0].load(Ordering::Relaxed) == 0) else { return };
+        for (place, word) in free[1..].iter().zip([file.file.device, file.file.inode, file.born]) {
+            place.store(word, Ordering::Relaxed);
+        }
+        free[0].store(1, Ordering::Release);
+    }
 }
 
 /// One file.
@@ -54,7 +104,9 @@ impl FileKeeper {
                 std::fs::remove_dir_all(path)?;
             }
         }
-        Ok(Self { directory: present })
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(present.join(FAILURES))?;
+        let memory = Self::map_whole(file, MOST_FAILURES * ENTRY_WORDS * size_of::<u64>())?;
+        Ok(Self { directory: present, failures: Failures { memory, adding: Mutex::default() } })
     }
 
     fn name(owner: FileIdentity, number: u32) -> String {
@@ -73,6 +125,12 @@ impl FileKeeper {
         Ok(found)
     }
 
+    /// Maps a file that is made so long, all of it there, so that no access finds the file system full.
+    fn map_whole(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)?;
+        Self::map(file, bytes)
+    }
+
     fn map(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
         let region = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(io::Error::other)?;
         Ok(Arc::new(Mapped { region, words: bytes / size_of::<u64>() }))
@@ -89,10 +147,7 @@ impl MemoryKeeper for FileKeeper {
             }
             let path = self.directory.join(Self::name(owner, number));
             let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-            let bytes = words * size_of::<u64>();
-            // All of it, so that no access finds the file system full.
-            let mapped = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64).map_err(io::Error::from);
-            return match mapped.and_then(|()| Self::map(file, bytes)) {
+            return match Self::map_whole(file, words * size_of::<u64>()) {
                 Ok(memory) => Ok((number, memory)),
                 Err(error) => {
                     // The error says why; an empty file more or less does not matter.
@@ -123,6 +178,14 @@ impl MemoryKeeper for FileKeeper {
             let _ = std::fs::remove_file(path);
         }
     }
+
+    fn note_failure(&self, file: Incarnation) {
+        self.failures.add(file);
+    }
+
+    fn has_failed(&self, file: Incarnation) -> bool {
+        self.failures.find(file)
+    }
 }
 
 #[cfg(test)]
@@ -133,6 +196,33 @@ mod tests {
 
     const OWNER: FileIdentity = FileIdentity { device: 0x10, inode: 7 };
     const OTHER: FileIdentity = FileIdentity { device: 0x10, inode: 0x17 };
+
+    #[test]
+    fn failures_are_known_to_those_who_come_after() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let keeper = FileKeeper::new(directory.path()).expect("a keeper");
+        let file = |inode, born| Incarnation { file: FileIdentity { device: 0x10, inode }, born };
+        assert!(!keeper.has_failed(file(0, 0)), "nothing has");
+        for _ in 0..2 {
+            keeper.note_failure(file(7, 5));
+        }
+        keeper.note_failure(file(8, 0));
+        drop(keeper);
+        let keeper = FileKeeper::new(directory.path()).expect("a keeper");
+        for (inode, born, failed) in [(7, 5, true), (7, 6, false), (7, 0, true), (8, 6, true), (9, 5, false)] {
+            assert_eq!(keeper.has_failed(file(inode, born)), failed, "{inode} of {born}");
+        }
+        keeper.retain(OWNER, 0);
+        assert!(keeper.has_failed(file(7, 5)), "not even if the image needs no memory");
+        // Two are known, and one more fits.
+        for inode in 100..100 + MOST_FAILURES as u64 - 3 {
+            keeper.note_failure(file(inode, 1));
+        }
+        assert!(!keeper.has_failed(file(9, 5)));
+        keeper.note_failure(file(50, 1));
+        assert!(keeper.has_failed(file(9, 5)), "which have failed cannot be told any more");
+        keeper.note_failure(file(51, 1));
+    }
 
     #[test]
     fn memory_is_found_by_those_who_come_after() {

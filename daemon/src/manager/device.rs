@@ -121,7 +121,13 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
 
     /// What the admission of snapshots asks.
     pub(crate) fn facts(&self, in_line: usize) -> DeviceFacts {
-        DeviceFacts { read_only: self.options.read_only, leaving: self.leaving.get(), depth: self.layers.borrow().len() + in_line }
+        let layers = self.layers.borrow();
+        DeviceFacts {
+            read_only: self.options.read_only,
+            leaving: self.leaving.get(),
+            depth: layers.len() + in_line,
+            doubtful: self.stack.doubtful_layer().and_then(|at| layers.get(at)).map(|layer| layer.record.path.clone()),
+        }
     }
 
     /// As `device-list` shows it.

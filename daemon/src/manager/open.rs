@@ -263,12 +263,22 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         });
         let top_node = TopNode::new(&options.name);
         let export = self.host.start(&options, &stack, &self.domain, &top_node, &self.events)?;
+        if let Some(at) = stack.doubtful_layer() {
+            tracing::warn!(
+                event = "doubtful_layer", device = %options.name, layer = %layers[at].path.display(),
+                "a flush of it failed before it was opened: there are no snapshots of the device until the machine is restarted or the disk copied"
+            );
+        }
         let top = layers.len() - 1;
         let mut layers: Vec<_> = layers
             .into_iter()
             .enumerate()
             .map(|(at, layer)| {
-                let state = if at == top && !read_only { LayerState::Active } else { LayerState::Frozen };
+                let state = match layer.layer.had_failed() {
+                    _ if at == top && !read_only => LayerState::Active,
+                    true => LayerState::Failed,
+                    false => LayerState::Frozen,
+                };
                 DeviceLayer::new(layer, state, if at == top { options.name.clone() } else { self.fresh_node_name() })
             })
             .collect();

@@ -56,7 +56,7 @@ impl Overlay {
 }
 
 /// What matters of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceFacts {
     /// The guest only reads it.
     pub read_only: bool,
@@ -64,6 +64,8 @@ pub struct DeviceFacts {
     pub leaving: bool,
     /// Number of layers, those of snapshots in line before this one counted.
     pub depth: usize,
+    /// The file of the lowest layer of which a flush had failed before it was opened.
+    pub doubtful: Option<PathBuf>,
 }
 
 /// Why a snapshot is refused. Nothing has changed.
@@ -106,6 +108,17 @@ pub enum Refusal {
         device: String,
         /// Its layers.
         depth: usize,
+    },
+    /// It could be taken, and would not be durable.
+    #[error(
+        "no snapshot of device '{device}' would be durable: a flush of {layer} failed before it was opened, and a power cut may take away what had \
+         been written to it until then; copy the disk to a new image, or restart the machine"
+    )]
+    Doubtful {
+        /// Which device.
+        device: String,
+        /// The file of its layer.
+        layer: PathBuf,
     },
     /// Waiting that long is as bad as a pause.
     #[error("a deadline of {0} ms is not possible: 1 to {MAX_DEADLINE_MS}")]
@@ -153,6 +166,9 @@ pub fn admit(asked: &Asked, stopping: bool, name_taken: bool, device: impl Fn(&s
         if facts.depth >= MAX_DEPTH {
             return Err(Refusal::TooDeep { device: name.clone(), depth: facts.depth });
         }
+        if let Some(layer) = facts.doubtful {
+            return Err(Refusal::Doubtful { device: name.clone(), layer });
+        }
     }
     match asked.deadline_ms.unwrap_or(DEFAULT_DEADLINE_MS) {
         deadline @ 1..=MAX_DEADLINE_MS => Ok(deadline),
@@ -164,7 +180,7 @@ pub fn admit(asked: &Asked, stopping: bool, name_taken: bool, device: impl Fn(&s
 mod tests {
     use super::*;
 
-    const PLAIN: DeviceFacts = DeviceFacts { read_only: false, leaving: false, depth: 1 };
+    const PLAIN: DeviceFacts = DeviceFacts { read_only: false, leaving: false, depth: 1, doubtful: None };
 
     fn devices(name: &str) -> Option<DeviceFacts> {
         match name {
@@ -172,6 +188,7 @@ mod tests {
             "ro" => Some(DeviceFacts { read_only: true, ..PLAIN }),
             "going" => Some(DeviceFacts { leaving: true, ..PLAIN }),
             "deep" => Some(DeviceFacts { depth: MAX_DEPTH, ..PLAIN }),
+            "doubtful" => Some(DeviceFacts { doubtful: Some("/base".into()), ..PLAIN }),
             "almost" => Some(DeviceFacts { depth: MAX_DEPTH - 1, ..PLAIN }),
             _ => None,
         }
@@ -200,6 +217,7 @@ mod tests {
             (asked("s", &[("vda", Create), ("ro", Create)], None), Err(Refusal::ReadOnly("ro".into()))),
             (asked("s", &[("going", Create)], None), Err(Refusal::Leaving("going".into()))),
             (asked("s", &[("deep", Create)], None), Err(Refusal::TooDeep { device: "deep".into(), depth: MAX_DEPTH })),
+            (asked("s", &[("doubtful", Create)], None), Err(Refusal::Doubtful { device: "doubtful".into(), layer: "/base".into() })),
             (asked("s", &[("vda", Create)], Some(0)), Err(Refusal::Deadline(0))),
             (asked("s", &[("vda", Create)], Some(MAX_DEADLINE_MS + 1)), Err(Refusal::Deadline(MAX_DEADLINE_MS + 1))),
         ];

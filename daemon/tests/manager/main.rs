@@ -6,6 +6,7 @@
 mod aborted;
 mod crash;
 mod devices;
+mod doubtful;
 mod expired;
 mod refusals;
 mod remains;

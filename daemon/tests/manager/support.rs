@@ -308,6 +308,7 @@ impl World {
         keeper: Arc<TestKeeper>,
         on_serve: Option<OnServe>,
     ) -> Self {
+        keeper.begin_process(&environment);
         let host = FakeHost { environment: environment.clone(), queues: Rc::default(), on_serve };
         let queues = Rc::clone(&host.queues);
         let events = Arc::new(Mutex::new(Vec::new()));

@@ -155,7 +155,6 @@ impl Guest {
     /// The machine of the guest is gone, and comes again.
     pub(crate) fn power_cut(&mut self) {
         self.daemon_gone();
-        self.model.power_cut();
         self.disks = (0..self.disks.len()).map(|_| new_disk(&mut self.chance)).collect();
     }
 

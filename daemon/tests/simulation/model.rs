@@ -52,8 +52,6 @@ struct Cut {
     frozen: bool,
     /// What was in it when it was first looked at.
     contents: Option<Vec<Vec<u64>>>,
-    /// Whether a power cut may have taken something from it: it was taken of what a failed flush may have lost.
-    may_have_changed: bool,
 }
 
 /// The disks of a guest. Every event has a number, so that of any two it is known which was first.
@@ -63,8 +61,6 @@ pub(crate) struct Model {
     writes: u64,
     disks: Vec<BTreeMap<u64, Sector>>,
     cuts: BTreeMap<String, Cut>,
-    /// Since a daemon was killed after a flush had failed: the snapshots that were frozen before.
-    sound: Option<BTreeSet<String>>,
 }
 
 /// The sectors that guests write to.
@@ -187,22 +183,11 @@ impl Model {
         }
     }
 
-    /// A flush may have failed: what was not durable by now never may be, although it can be seen until a power cut. That goes for snapshots
-    /// from now on as well.
+    /// A flush may have failed: what was not durable by now never may be, although it can be seen until a power cut.
     pub(crate) fn may_have_lost(&mut self) {
         for sector in self.disks.iter_mut().flat_map(BTreeMap::values_mut) {
             let not_durable = &mut sector.history[sector.durable + 1..];
             not_durable.iter_mut().filter(|entry| entry.completed.is_some()).for_each(|entry| entry.may_be_missing = true);
-        }
-        let frozen = self.frozen();
-        self.sound.get_or_insert(frozen);
-    }
-
-    /// What could be seen and was lost is not seen any more.
-    pub(crate) fn power_cut(&mut self) {
-        let Some(sound) = self.sound.take() else { return };
-        for (_, cut) in self.cuts.iter_mut().filter(|(name, _)| !sound.contains(*name)) {
-            cut.may_have_changed = true;
         }
     }
 
@@ -234,7 +219,7 @@ impl Model {
 
     pub(crate) fn asked(&mut self, name: &str, devices: Vec<usize>) {
         let asked = self.next_event();
-        self.cuts.insert(name.to_owned(), Cut { devices, asked, answered: None, frozen: false, contents: None, may_have_changed: false });
+        self.cuts.insert(name.to_owned(), Cut { devices, asked, answered: None, frozen: false, contents: None });
     }
 
     pub(crate) fn answered(&mut self, name: &str) {
@@ -259,9 +244,6 @@ impl Model {
     pub(crate) fn look_at(&mut self, name: &str, members: Vec<(usize, Vec<u8>)>) {
         let cut = self.cuts.get_mut(name).expect("it was asked for");
         cut.frozen = true;
-        if cut.may_have_changed {
-            return;
-        }
         let of: Vec<usize> = members.iter().map(|(disk, _)| *disk).collect();
         assert_eq!(of, cut.devices, "the members of {name}");
         let contents: Vec<Vec<u64>> = members.iter().map(|(_, bytes)| ids(bytes)).collect();

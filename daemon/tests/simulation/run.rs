@@ -1,7 +1,7 @@
 //! One run: lives of a daemon, each ended by a power cut or a kill, but for the last, which ends well.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -442,8 +442,6 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
     };
     let mut outcome = Outcome::default();
     let mut environment = SimulatedEnvironment::new(chance.number());
-    // Since a daemon was killed after a flush had failed: the layers that were frozen before. What is beneath others is not all durable.
-    let mut sound: Option<BTreeSet<String>> = None;
     {
         let (mut threads, life) = run.begin(environment.clone(), None);
         threads.block_on(async move { life.create().await });
@@ -470,27 +468,26 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
                 steps = steps.min(after_switch);
             }
         }
+        // That a flush has failed nobody can know who is killed before the answer is there.
+        let disk_fails = run.guest.borrow().disk_fails;
+        let is_power_cut = chance.happens(1, 2) || disk_fails && chance.happens(1, 2) || environment.has_untold_failure();
+        environment = if is_power_cut { environment.crash() } else { environment.killed() };
+        // Not before: a process that ends so does not drop its tasks.
         drop(threads);
         let guest = &mut *run.guest.borrow_mut();
         guest.wishes = 0;
-        if chance.happens(1, 2) || guest.disk_fails && chance.happens(1, 2) {
-            environment = environment.crash();
+        if is_power_cut {
             run.catalogue = run.catalogue.after_power_cut();
             run.keeper.forget();
             guest.power_cut();
-            if let Some(sound) = sound.take() {
-                run.layers.borrow_mut().retain(|layer, _| sound.contains(layer));
-            }
             run.unsettled.set(true);
             outcome.power_cuts += 1;
         } else {
-            environment = environment.killed();
             run.catalogue = run.catalogue.after_kill();
             guest.killed();
-            if guest.disk_fails {
+            if disk_fails {
                 // A flush may have failed without anybody having been told.
                 guest.model.may_have_lost();
-                sound.get_or_insert_with(|| run.layers.borrow().keys().cloned().collect());
             }
             outcome.kills += 1;
         }

@@ -294,6 +294,9 @@ async fn open_layer<E: Environment>(
             (Format::Qcow2, Layer::Qcow2(image.map_err(|error| failed(error.into()))?))
         }
     };
+    if let Some(keeper) = options.keeper {
+        layer.remember_failures(keeper);
+    }
     Ok(ChainLayer { path, format, identity, layer: Arc::new(layer) })
 }
 

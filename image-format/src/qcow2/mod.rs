@@ -35,6 +35,7 @@ use crate::error::LayerError;
 use crate::extent::ExtentList;
 use crate::rounds::Rounds;
 use crate::storage::Environment;
+use crate::storage::kept::{Incarnation, MemoryKeeper};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 pub use check::{CheckError, CheckOptions, CheckReport, DEFAULT_MAX_FINDINGS, DEFAULT_MEMORY_LIMIT, Fault, Finding, Repair, check};
@@ -174,6 +175,11 @@ impl<E: Environment> Inner<E> {
         self.metadata.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Failures to make the image durable are remembered in `keeper` from now on. Only the first call counts.
+    fn remember_failures(&self, keeper: &Arc<dyn MemoryKeeper>) {
+        self.rounds.remember_in(keeper, Incarnation::of(&self.file));
+    }
+
     /// Whether the guest's cluster that starts at `guest` may be overwritten where it is, at `host`, if nothing else refers to it. An error
     /// says why nothing sound can be there.
     fn check_place(&self, guest: GuestOffset, host: HostOffset) -> Result<bool, &'static str> {
@@ -214,6 +220,11 @@ impl<E: Environment> Qcow2<E> {
     /// Where guest data is: the image file or its external data file.
     pub fn data_file(&self) -> &E::File {
         self.inner.data_file.as_ref().unwrap_or(&self.inner.file)
+    }
+
+    /// Flushes, and what is remembered of their failures.
+    pub(crate) fn rounds(&self) -> &Rounds {
+        &self.inner.rounds
     }
 
     pub(crate) async fn prefetch(&self, range: GuestRange) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::error::{LayerError, Structure};
-use crate::storage::kept::MemoryKeeper;
+use crate::storage::kept::{Incarnation, MemoryKeeper};
 use crate::storage::{Environment, Storage, StorageExt};
 use crate::units::HostOffset;
 
@@ -19,7 +19,7 @@ use super::lifecycle::Phase;
 use super::overlap::MetadataMap;
 use super::refcount::{Refcounts, read_refcount};
 use super::snapshot::{SnapshotError, Snapshots};
-use super::unwritten::{self, Unwritten};
+use super::unwritten::Unwritten;
 use super::{Inner, Qcow2};
 
 /// How to open an image.
@@ -112,16 +112,24 @@ impl<E: Environment> Qcow2<E> {
     /// As for [`open`](Self::open).
     pub async fn open_with_header(file: E::File, mut header: Header, options: OpenOptions<E>) -> Result<Self, OpenError> {
         admit(&header, &options)?;
-        if options.writable
-            && header.is_dirty()
-            && let Some(fault) = repair_dirty(&file, &mut header).await?
-        {
-            return Err(OpenError::BeyondRecount { fault });
+        let keeper = options.keeper.clone();
+        if options.writable && header.is_dirty() {
+            let repaired = repair_dirty(&file, &mut header).await.inspect_err(|_| {
+                // What it has written already will look as if it had been there before.
+                if let Some(keeper) = &keeper {
+                    keeper.note_failure(Incarnation::of(&file));
+                }
+            });
+            if let Some(fault) = repaired? {
+                return Err(OpenError::BeyondRecount { fault });
+            }
         }
         let l1 = read_l1(&file, &header).await?;
         let snapshots = Snapshots::read(&file, &header).await?;
-        let keeper = options.keeper.clone();
         let mut inner = Inner::new(file, header, l1, snapshots, options);
+        if let Some(keeper) = &keeper {
+            inner.remember_failures(keeper);
+        }
         if inner.phase.get() == Phase::Writing {
             inner.prepare_writing(keeper).await?;
         }
@@ -179,6 +187,7 @@ impl<E: Environment> Inner<E> {
         self.data_limit.store(used_end.max(file_clusters), Ordering::Release);
         self.opened_clusters = file_clusters;
         *self.writes_at_once.get_mut() = keeper.is_some() && !header.has_feature_bits();
+        self.make_metadata_sound().await?;
         let keeper = keeper.filter(|_| header.has_feature_bits());
         if let Some(keeper) = &keeper {
             self.restore_left(&**keeper, header.kept_number()).await?;
@@ -206,12 +215,6 @@ impl<E: Environment> Inner<E> {
         let Some(memory) = keeper.find(number).map_err(|error| unusable(error.to_string()))? else { return Ok(()) };
         let left = Unwritten::left(&*memory, self.slices.slice_len() / 8).map_err(|detail| unusable(detail.to_owned()))?;
         let (l1_entries, slices) = (self.l1().len() as u64, u64::from(self.format.geometry.slices_per_table()));
-        // What follows may fail too. If it does not, this memory is not needed any more.
-        unwritten::note_failure(&*memory);
-        if left.has_failed {
-            self.rewrite_metadata().await?;
-        }
-        let left = left.slices;
         if left.iter().any(|slice| u64::from(slice.key.l1_index) >= l1_entries || u64::from(slice.key.slice) >= slices) {
             return Err(unusable("it has parts of other tables".to_owned()));
         }

@@ -6,7 +6,7 @@
 //! putting these copies in place (`restore`).
 //!
 //! ```text
-//! kept memory:  kind, words of a slice, number of slots, failed, 4 unused | slot | slot | ...
+//! kept memory:  kind, words of a slice, number of slots, 5 unused | slot | slot | ...
 //! slot:         in use (1), key, redo: index + 1, two words; 3 unused | the slice's words
 //! ```
 //!
@@ -18,17 +18,15 @@
 //! the image since, the copies are not used. Version 2 has no such bits: there, the file gets each change before the request that made it ends
 //! ([`Qcow2::outlast_process`]).
 //!
-//! The memory also says if a round of write-backs has failed. Whoever opens the image next may read metadata that no flush will ever cover,
-//! because the kernel counts what it could not write as written; all of it is written again before anything is built on it
-//! (`Inner::rewrite_metadata`).
+//! If a round of write-backs has failed since the machine was started (`rounds.rs`), whoever opens the image next may read metadata that no flush
+//! will ever cover, because the kernel counts what it could not write as written. All of it is written again before anything is built on it
+//! (`Inner::make_metadata_sound`).
 //!
 //! Who changes an entry holds a [`Ticket`], got before anything else is locked, so that there is a slot when it is needed.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use arc_swap::ArcSwapOption;
 
 use crate::error::{LayerError, Structure};
 use crate::runtime::WaitQueue;
@@ -47,8 +45,6 @@ use super::{Inner, Qcow2};
 /// What the first word says.
 const KIND: u64 = u64::from_be_bytes(*b"qcow2 l2");
 const HEADER_WORDS: usize = 8;
-/// Not zero once a round has failed.
-const FAILED: usize = 3;
 const SLOT_HEADER_WORDS: usize = 8;
 const IN_USE: usize = 0;
 const KEY: usize = 1;
@@ -97,21 +93,6 @@ impl Drop for Ticket {
 pub(super) struct LeftSlice {
     pub(super) key: SliceKey,
     pub(super) words: Vec<u64>,
-}
-
-/// What a process has left.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Left {
-    pub(super) slices: Vec<LeftSlice>,
-    /// A round has failed: what can be seen of metadata need not be durable, and a flush does not make it so.
-    pub(super) has_failed: bool,
-}
-
-/// Whoever opens the image of this memory next has to write its metadata once more.
-pub(super) fn note_failure(memory: &dyn KeptMemory) {
-    if let Some(failed) = memory.words().get(FAILED) {
-        failed.store(1, Ordering::Release);
-    }
 }
 
 fn slot_words(slice_words: usize) -> usize {
@@ -197,26 +178,21 @@ impl Unwritten {
         self.available.notify_all();
     }
 
-    /// What is durable is unknown from now on.
-    fn note_failure(&self) {
-        note_failure(&*self.memory);
-    }
-
     /// Everything that a process has left in `memory`, if that was made for slices of so many words.
     ///
     /// # Errors
     /// If it was not.
-    pub(super) fn left(memory: &dyn KeptMemory, slice_words: usize) -> Result<Left, &'static str> {
+    pub(super) fn left(memory: &dyn KeptMemory, slice_words: usize) -> Result<Vec<LeftSlice>, &'static str> {
         let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
         let Some((header, slots)) = memory.words().split_at_checked(HEADER_WORDS) else { return Err("it is too short") };
         if word(&header[0]) == 0 {
             // Its maker did not get so far as to use it.
-            return Ok(Left::default());
+            return Ok(Vec::new());
         }
         if word(&header[0]) != KIND || word(&header[1]) != slice_words as u64 {
             return Err("it was made for something else");
         }
-        let mut left = Left { has_failed: word(&header[FAILED]) != 0, ..Left::default() };
+        let mut left = Vec::new();
         for slot in slots.chunks_exact(slot_words(slice_words)).filter(|slot| word(&slot[IN_USE]) == 1) {
             let key = word(&slot[KEY]);
             let mut words: Vec<u64> = slot[SLOT_HEADER_WORDS..].iter().map(word).collect();
@@ -226,7 +202,7 @@ impl Unwritten {
                 entry[1] = word(&slot[REDO_WORDS + 1]);
             }
             // Truncation cuts the two halves out.
-            left.slices.push(LeftSlice { key: SliceKey { l1_index: (key >> 32) as u32, slice: key as u32 }, words });
+            left.push(LeftSlice { key: SliceKey { l1_index: (key >> 32) as u32, slice: key as u32 }, words });
         }
         Ok(left)
     }
@@ -234,12 +210,20 @@ impl Unwritten {
 
 impl<E: Environment> Qcow2<E> {
     pub(crate) async fn keep(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
-        self.inner.admit_write()?;
-        if !self.inner.header().has_feature_bits() {
-            self.inner.writes_at_once.store(true, Ordering::Release);
+        let inner = &self.inner;
+        inner.admit_write()?;
+        inner.remember_failures(keeper);
+        let has_feature_bits = inner.header().has_feature_bits();
+        inner.writes_at_once.store(!has_feature_bits, Ordering::Release);
+        if !has_feature_bits && !inner.rounds.had_failed() {
             return Ok(());
         }
-        self.inner.write_back_and(async |inner: &Inner<E>| inner.begin_keeping(keeper).await).await
+        inner
+            .write_back_and(async |inner: &Inner<E>| {
+                inner.make_metadata_sound().await?;
+                if has_feature_bits { inner.begin_keeping(keeper).await } else { Ok(()) }
+            })
+            .await
     }
 
     /// Ends when nothing that was written before the call can be lost with the process.
@@ -305,26 +289,13 @@ impl<E: Environment> Inner<E> {
         }
     }
 
-    /// Does the work of a round. That it has failed, or was given up half-way, is noted in kept memory before anybody is told.
-    pub(super) async fn noting_failure(&self, work: impl Future<Output = Result<(), LayerError>>) -> Result<(), LayerError> {
-        struct Failing<'a>(Option<&'a ArcSwapOption<Unwritten>>);
-        impl Drop for Failing<'_> {
-            fn drop(&mut self) {
-                if let Some(unwritten) = self.0.and_then(|unwritten| unwritten.load_full()) {
-                    unwritten.note_failure();
-                }
-            }
+    /// Writes the metadata once more, as it reads, and makes it durable, if a flush had failed before the image was opened: all that may be lost was
+    /// written after the last flush that had not, in one step of a round, so the order does not matter. Only while the file has everything, and
+    /// before the first request.
+    pub(super) async fn make_metadata_sound(&self) -> Result<(), LayerError> {
+        if !self.rounds.had_failed() {
+            return Ok(());
         }
-        let mut failing = Failing(Some(&self.unwritten));
-        work.await?;
-        failing.0 = None;
-        Ok(())
-    }
-
-    /// Writes the metadata that was found at opening once more, as it reads, and makes it durable. For an image whose last process had a flush
-    /// that failed: all that may be lost was written after the last flush that had not, in one step of a round, so the order does not matter.
-    /// Call before anything else is written.
-    pub(super) async fn rewrite_metadata(&self) -> Result<(), LayerError> {
         let geometry = &self.format.geometry;
         let runs = self.metadata().found().to_vec();
         let mut clusters = 0;
@@ -344,10 +315,7 @@ impl<E: Environment> Inner<E> {
     pub(super) async fn begin_keeping(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
         let unwritten = Unwritten::create(Arc::clone(keeper), self.file.identity(), self.slices.slice_len() / 8)
             .map_err(|error| LayerError::io("keep memory for", Structure::L2Table, HostOffset::ZERO, error))?;
-        // Until it is said that it has not: if this fails, the image may name either memory.
-        unwritten.note_failure();
         self.write_kept_number(unwritten.number).await?;
-        unwritten.memory.words()[FAILED].store(0, Ordering::Release);
         // What was restored, and what a process has left that was killed before it got here.
         keeper.retain(unwritten.owner, unwritten.number);
         self.unwritten.store(Some(unwritten));
@@ -463,7 +431,7 @@ mod tests {
     }
 
     fn left(unwritten: &Unwritten) -> Vec<LeftSlice> {
-        Unwritten::left(&*unwritten.memory, WORDS).expect("made for it").slices
+        Unwritten::left(&*unwritten.memory, WORDS).expect("made for it")
     }
 
     #[test]
@@ -480,7 +448,7 @@ mod tests {
             LeftSlice { key: key(1), words: vec![1, 1, 1, 7, 1, 1, 1, 1] },
             LeftSlice { key: key(2), words: vec![2, 2, 2, 2, 2, 2, 8, 9] },
         ];
-        assert_eq!(Unwritten::left(&*found, WORDS).expect("made for it").slices, expected);
+        assert_eq!(Unwritten::left(&*found, WORDS).expect("made for it"), expected);
         unwritten.release(slot);
         assert_eq!(left(&unwritten), expected[1..]);
         assert!(Unwritten::left(&*found, WORDS * 2).is_err());
@@ -505,29 +473,34 @@ mod tests {
         assert!(Unwritten::left(&*unwritten.memory, WORDS).is_err(), "outside");
     }
 
-    async fn open(disk: &SimulatedEnvironment, keeper: &Arc<dyn MemoryKeeper>) -> SimulatedImage {
+    /// Opens the image with the keeper, or gives it that `later`, as one is opened of which nothing is left.
+    async fn open(disk: &SimulatedEnvironment, keeper: &Arc<dyn MemoryKeeper>, later: bool) -> SimulatedImage {
         let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
         let file = disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there");
-        let options = OpenOptions { keeper: Some(Arc::clone(keeper)), ..OpenOptions::writing() };
-        SimulatedImage::open(file, options).await.expect("sound")
+        let image = SimulatedImage::open(file, OpenOptions { keeper: (!later).then(|| Arc::clone(keeper)), ..OpenOptions::writing() });
+        let image = image.await.expect("sound");
+        if later {
+            image.keep(keeper).await.expect("sound");
+        }
+        image
     }
 
     /// The counts of clusters have been written and can be seen, and the flush after that has failed. Whoever comes next finds nothing to be
     /// changed there; if they are not written once more, a power cut takes them away, but not the mapping.
     #[test]
     fn metadata_that_a_failed_flush_may_have_lost_is_written_once_more() {
-        for seed in 0..40 {
+        for (seed, version, later) in (0..40).flat_map(|seed| [(seed, 3, false), (seed, 2, false), (seed, 2, true)]) {
             let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
             let disk = SimulatedEnvironment::new(seed);
             let (first, kept) = (disk.clone(), Arc::clone(&keeper));
             Simulation::on(disk.clone()).block_on(async move {
                 let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
                 let file = first.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
-                SimulatedImage::create(&file, &CreateOptions::standalone(64 << 20)).await.expect("created");
+                SimulatedImage::create(&file, &CreateOptions { version, ..CreateOptions::standalone(64 << 20) }).await.expect("created");
                 file.flush().await.expect("sound");
                 first.flush_directory(Path::new("/")).await.expect("sound");
                 drop(file);
-                let image = open(&first, &kept).await;
+                let image = open(&first, &kept, later).await;
                 // It gets a table, which the next one has as well.
                 write(&image, 0, 4096).await;
                 image.flush().await.expect("sound");
@@ -538,7 +511,7 @@ mod tests {
             let disk = disk.killed();
             let second = disk.clone();
             Simulation::on(disk.clone()).block_on(async move {
-                open(&second, &keeper).await.flush().await.expect("sound");
+                open(&second, &keeper, later).await.flush().await.expect("sound");
             });
             let disk = disk.crash();
             let third = disk.clone();
@@ -546,7 +519,7 @@ mod tests {
                 let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
                 let file = third.open(&at, Access::Read, CacheMode::Direct).await.expect("there");
                 let report = check(&file, &CheckOptions::default()).await.expect("an image");
-                assert_eq!(report.corruptions, 0, "seed {seed}: {:?}", report.findings);
+                assert_eq!(report.corruptions, 0, "seed {seed}, version {version}: {:?}", report.findings);
             });
         }
     }

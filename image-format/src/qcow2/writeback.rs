@@ -58,7 +58,7 @@ struct Batch<'a> {
 impl<E: Environment> Inner<E> {
     /// Makes everything durable that was changed or written before the call.
     pub(super) async fn write_back(&self) -> Result<(), LayerError> {
-        self.rounds.share(self.noting_failure(self.write_back_once())).await
+        self.rounds.share(self.write_back_once()).await
     }
 
     /// Writes everything back, then does `work`, with no other round between or beside them.
@@ -67,7 +67,7 @@ impl<E: Environment> Inner<E> {
             self.write_back_once().await?;
             work(self).await
         };
-        self.rounds.alone(self.noting_failure(both)).await
+        self.rounds.alone(both).await
     }
 
     /// One round. Only in a round: its copies are not in the file before its end, and no longer marked as changed.
@@ -176,7 +176,7 @@ impl<E: Environment> Inner<E> {
     }
 
     pub(super) async fn flush_device(&self) -> Result<(), LayerError> {
-        self.file.flush().await.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error))
+        self.rounds.flush(&self.file).await
     }
 }
 

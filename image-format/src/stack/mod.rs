@@ -173,7 +173,8 @@ impl<E: Environment> Stack<E> {
     /// beneath that are not frozen yet: each gives its reserved space back, is made durable, and is not written to any more.
     ///
     /// # Errors
-    /// If a layer cannot be made durable. It stays unfrozen with all above it, and flushes go on covering it (and failing).
+    /// If a layer cannot be made durable. It stays unfrozen with all above it, and flushes go on covering it (and failing). If it is only doubtful
+    /// ([`doubtful_layer`](Self::doubtful_layer)), it is at rest all the same.
     pub async fn freeze_below(&self, view: Arc<View<E>>) -> Result<(), LayerError> {
         let number = view.top_number();
         let layers = Arc::clone(&view.layers);
@@ -185,7 +186,10 @@ impl<E: Environment> Stack<E> {
             // Requests of the views above may still be reading where the map pointed before the last changes of this layer.
             self.freeze_layer(&layers, number, self.grace_period()).await?;
         }
-        Ok(())
+        match lowest_doubtful(&layers[..=number]) {
+            Some(layer) => Err(LayerError::Doubtful { layer }),
+            None => Ok(()),
+        }
     }
 
     /// Ends writing for good: waits until no request uses the layers beneath the top, gives reserved space back and makes everything durable.
@@ -228,6 +232,12 @@ impl<E: Environment> Stack<E> {
         self.view().layers.iter().skip(unfrozen_from).find_map(|layer| layer.admit_write().err().filter(LayerError::is_failure))
     }
 
+    /// The lowest layer of which a flush had failed before it was opened ([`Layer::had_failed`]). Nothing that lies on it can be called durable, so no
+    /// snapshot of it can be complete; requests and flushes know nothing of it, because the guest was told when that flush failed.
+    pub fn doubtful_layer(&self) -> Option<usize> {
+        lowest_doubtful(self.view().layers())
+    }
+
     /// Publishes an equal view in the place of the present one, and ends when no request uses any view from before: a grace period, after which
     /// no request can still be reading or writing where the map pointed before.
     async fn grace_period(&self) {
@@ -249,6 +259,10 @@ impl<E: Environment> Stack<E> {
         self.domain.advance();
         self.retirements.all_before(&before).await;
     }
+}
+
+fn lowest_doubtful<E: Environment>(layers: &[Arc<Layer<E>>]) -> Option<usize> {
+    layers.iter().position(|layer| layer.had_failed())
 }
 
 impl<E: Environment> View<E> {

@@ -94,8 +94,11 @@ impl<E: Environment> Stack<E> {
 
 /// Makes the files of a layer durable to which nobody writes.
 async fn flush_files<E: Environment>(layer: &Arc<Layer<E>>) -> Result<(), LayerError> {
-    flush_file(layer.file()).await?;
-    if layer.data_file().identity() == layer.file().identity() { Ok(()) } else { flush_file(layer.data_file()).await }
+    let both = async {
+        flush_file(layer.file()).await?;
+        if layer.data_file().identity() == layer.file().identity() { Ok(()) } else { flush_file(layer.data_file()).await }
+    };
+    both.await.inspect_err(|_| layer.note_failure())
 }
 
 async fn flush_file(file: &impl Storage) -> Result<(), LayerError> {
@@ -115,8 +118,69 @@ mod tests {
     use crate::qcow2::{CreateOptions, OpenOptions, Qcow2};
     use crate::raw::Raw;
     use crate::stack::FenceDomain;
-    use crate::storage::simulated::{OperationKind, SimulatedEnvironment, Simulation};
+    use crate::storage::kept::{Incarnation, MemoryKeeper, TestKeeper};
+    use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
     use crate::storage::{Access, CacheMode, Location};
+
+    /// Whoever opens it next would make it durable, as far as the kernel says.
+    #[test]
+    fn a_base_that_could_not_be_made_durable_is_doubtful_from_then_on() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let disk = SimulatedEnvironment::new(2);
+        disk.put("/base", &[7; 65_536]);
+        for had_failed in [false, true] {
+            let (environment, keeper) = (disk.clone(), Arc::clone(&keeper));
+            Simulation::on(disk.clone()).block_on(async move {
+                let open = async |access| {
+                    let at = Location::Trusted(Path::new("/base").to_owned());
+                    let file = environment.open(&at, access, CacheMode::Direct).await.expect("a file");
+                    let layer = Layer::Raw(Raw::open(file, access == Access::Write).await.expect("raw"));
+                    layer.remember_failures(&keeper);
+                    Arc::new(layer)
+                };
+                let domain = FenceDomain::new(|| std::time::Duration::ZERO);
+                let stack = Stack::new(environment.clone(), &domain, vec![open(Access::Read).await], true);
+                assert_eq!(stack.doubtful_layer(), had_failed.then_some(0));
+                if had_failed {
+                    stack.settle().await.expect("now it can be flushed");
+                    return;
+                }
+                environment.inject(Fault::once(OperationKind::Flush, 0));
+                stack.settle().await.expect_err("a failed flush");
+            });
+        }
+    }
+
+    /// It comes to rest, so that what is opened above it need not be without it.
+    #[test]
+    fn a_doubtful_layer_is_frozen_and_not_called_durable() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let disk = SimulatedEnvironment::new(3);
+        let environment = disk.clone();
+        Simulation::on(disk.clone()).block_on(async move {
+            let image = async |name: &str| {
+                let at = Location::Trusted(Path::new(name).to_owned());
+                let file = environment.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a file");
+                Qcow2::<SimulatedEnvironment>::create(&file, &CreateOptions::standalone(65_536)).await.expect("created");
+                if name == "/top" {
+                    keeper.note_failure(Incarnation::of(&file));
+                }
+                let options = OpenOptions { keeper: Some(Arc::clone(&keeper)), ..OpenOptions::writing() };
+                Arc::new(Layer::Qcow2(Qcow2::open(file, options).await.expect("an image")))
+            };
+            let top = image("/top").await;
+            let domain = FenceDomain::new(|| std::time::Duration::ZERO);
+            let stack = Stack::new(environment.clone(), &domain, vec![Arc::clone(&top)], false);
+            assert_eq!(stack.doubtful_layer(), Some(0));
+            let fence = domain.fence();
+            let view = stack.prepare_overlay(image("/overlay").await, &fence);
+            let before = stack.publish(view);
+            let refused = stack.freeze_below(before).await.expect_err("it would not be durable");
+            assert!(matches!(refused, LayerError::Doubtful { layer: 0 }), "{refused}");
+            assert!(matches!(top.admit_write(), Err(LayerError::ReadOnly)));
+            assert!(stack.failure().is_none(), "flushes go on");
+        });
+    }
 
     #[test]
     fn every_file_beneath_is_flushed_once() {

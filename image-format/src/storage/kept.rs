@@ -2,6 +2,9 @@
 //!
 //! What a program holds in memory is lost when it is killed, although the machine, and the guest that it serves, go on. What may not be lost then
 //! stands in kept memory. It is no storage: when the machine stops, it is gone.
+//!
+//! So is what only the machine's memory shows of a file after a flush of it has failed: no later flush makes it durable, and every program sees it
+//! until the power is cut. Which files that are is kept as well.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -11,7 +14,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy::FromZeros;
 
-use super::FileIdentity;
+use super::simulated::SimulatedEnvironment;
+use super::{FileIdentity, Storage};
+
+/// One file, told from those that had its identity before they were removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Incarnation {
+    /// Which file.
+    pub file: FileIdentity,
+    /// As [`Storage::born`] has it.
+    pub born: u64,
+}
+
+impl Incarnation {
+    /// That of an open file.
+    pub fn of(file: &impl Storage) -> Self {
+        Self { file: file.identity(), born: file.born() }
+    }
+
+    /// Whether both may be the same file: yes, if of one of them nothing more is known than its identity.
+    pub fn may_be(self, other: Self) -> bool {
+        self.file == other.file && (self.born == other.born || self.born == 0 || other.born == 0)
+    }
+}
 
 /// Words that keep their values when the process ends, whatever ends it. One process uses them at a time.
 pub trait KeptMemory: Debug + Send + Sync {
@@ -36,16 +61,27 @@ pub trait MemoryKeeper: Debug + Send + Sync {
 
     /// The owner needs none but this, or none at all if it is zero. Whoever holds memory can go on using it.
     fn retain(&self, owner: FileIdentity, number: u32);
+
+    /// Notes that a flush of `file` has failed. Cannot fail itself, and does not block.
+    fn note_failure(&self, file: Incarnation);
+
+    /// Whether that has been noted since the machine was started. If too much was noted to tell files apart, it is of all.
+    fn has_failed(&self, file: Incarnation) -> bool;
 }
 
 /// A keeper for tests: what it keeps outlives whatever the test takes for a process.
 #[derive(Debug, Default)]
-pub struct TestKeeper(Mutex<Kept>);
+pub struct TestKeeper {
+    kept: Mutex<Kept>,
+    /// The environment of the present process.
+    process: Mutex<Option<SimulatedEnvironment>>,
+}
 
 #[derive(Debug, Default)]
 struct Kept {
     last_number: u32,
     memory: HashMap<u32, (FileIdentity, Arc<Words>)>,
+    failed: Vec<Incarnation>,
 }
 
 #[derive(Debug)]
@@ -59,12 +95,20 @@ impl KeptMemory for Words {
 
 impl TestKeeper {
     fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A process begins. Once its environment has stopped, because it was killed, it notes no failure any more: its tasks are dropped then, which
+    /// those of a process that is killed are not.
+    pub fn begin_process(&self, environment: &SimulatedEnvironment) {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).replace(environment.clone());
     }
 
     /// The machine stops.
     pub fn forget(&self) {
-        self.kept().memory.clear();
+        let mut kept = self.kept();
+        kept.memory.clear();
+        kept.failed.clear();
     }
 
     /// How many there are.
@@ -89,5 +133,16 @@ impl MemoryKeeper for TestKeeper {
 
     fn retain(&self, owner: FileIdentity, number: u32) {
         self.kept().memory.retain(|&other, (its_owner, _)| *its_owner != owner || other == number);
+    }
+
+    fn note_failure(&self, file: Incarnation) {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        if !process.as_ref().is_some_and(SimulatedEnvironment::is_stopped) {
+            self.kept().failed.push(file);
+        }
+    }
+
+    fn has_failed(&self, file: Incarnation) -> bool {
+        self.kept().failed.iter().any(|failed| failed.may_be(file))
     }
 }

@@ -93,6 +93,12 @@ pub trait Storage: std::fmt::Debug + Send + Sync + 'static {
     /// Which file this is, however it was reached.
     fn identity(&self) -> FileIdentity;
 
+    /// What tells the file from one that had its identity before and is gone: when it was made, in nanoseconds since 1970, or a block device's place
+    /// in the order of all disks since the machine was started. Zero where that is not known.
+    fn born(&self) -> u64 {
+        0
+    }
+
     /// Takes, strengthens or gives up the locks by which programs that share image files keep out of each other's way.
     ///
     /// # Errors

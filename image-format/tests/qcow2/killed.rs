@@ -154,6 +154,9 @@ fn ordeal(layout: &Layout, seed: u64, keeper: Option<&Arc<TestKeeper>>) -> Resul
         let life = if chance.happens(1, 4) { 12 } else { LIFE };
         environment.stop_after(environment.effects() + chance.below(life));
         let (world, options, shared) = (environment.clone(), keep(), Rc::clone(&expected));
+        if let Some(keeper) = keeper {
+            keeper.begin_process(&environment);
+        }
         let mut simulation = Simulation::on(environment.clone());
         let opened = *layout;
         let outcome = Rc::new(RefCell::new(Ok(())));

@@ -263,6 +263,12 @@ impl SimulatedEnvironment {
         Self::with_disk(seed, world.disk_at_crash(), world.now)
     }
 
+    /// Whether a flush has failed of which nobody knows yet, because the future that waits for it has not been polled since. A program that is
+    /// killed now never will.
+    pub fn has_untold_failure(&self) -> bool {
+        lock(&self.world).has_untold_failure()
+    }
+
     /// Disks as they may be found if the power went off now: every possible one if they are no more than `limit`, else `limit` of them, among
     /// them the extremes. This environment goes on undisturbed.
     pub fn crash_states(&self, limit: u64) -> impl Iterator<Item = Self> + use<> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
@@ -60,6 +60,11 @@ impl Slot {
         }
     }
 
+    /// Whether the operation has ended and whoever waits does not know yet.
+    fn is_untold(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).outcome.is_some()
+    }
+
     fn fill(&self, outcome: Outcome) -> Option<Waker> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.outcome = Some(outcome);
@@ -111,6 +116,8 @@ pub(super) struct World {
     events: BTreeMap<(Duration, u64), Event>,
     under_way: BTreeMap<u64, UnderWay>,
     hung: Vec<u64>,
+    /// Of flushes that have failed.
+    failed_flushes: Vec<Weak<Slot>>,
     sharing: BTreeMap<u64, Arc<SharingTable>>,
     next_number: u64,
 }
@@ -140,6 +147,7 @@ impl World {
             events: BTreeMap::new(),
             under_way: BTreeMap::new(),
             hung: Vec::new(),
+            failed_flushes: Vec::new(),
             sharing: BTreeMap::new(),
             next_number: 0,
         }
@@ -232,6 +240,11 @@ impl World {
         wakers
     }
 
+    /// Whether a flush has failed and whoever waits for it does not know yet.
+    pub(super) fn has_untold_failure(&self) -> bool {
+        self.failed_flushes.iter().filter_map(Weak::upgrade).any(|slot| slot.is_untold())
+    }
+
     /// The medium with every operation under way as one more change that is not durable: what a crash chooses from.
     pub(super) fn disk_at_crash(&self) -> Disk {
         let mut disk = self.disk.clone();
@@ -322,6 +335,9 @@ impl World {
             for (start, sector) in sectors(*at, &bytes_of(buffer)).filter(|(start, _)| shown.contains(start)) {
                 write(&mut self.disk, *inode, start, sector);
             }
+        }
+        if kind == OperationKind::Flush && result.is_err() {
+            self.failed_flushes.push(Arc::downgrade(&slot));
         }
         if let Action::Read { buffer, .. } = &mut action
             && !read.is_empty()

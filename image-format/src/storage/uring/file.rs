@@ -42,6 +42,8 @@ pub(super) struct OpenFile {
     /// For `O_DIRECT`: what addresses in memory must be a multiple of.
     direct: Option<usize>,
     identity: FileIdentity,
+    /// As [`Storage::born`] has it.
+    born: u64,
     /// For messages.
     path: PathBuf,
     /// What others have been told by our locks. The mutex also keeps two changes of it apart.
@@ -130,7 +132,12 @@ impl UringFile {
             }
             Err(error) => return Err(error.into()),
         };
-        Ok(Self { file: Arc::new(OpenFile { fd: Some(fd), medium, kind, direct, identity, path, sharing: Mutex::new(Sharing::None) }) })
+        let born = match kind {
+            Kind::Regular => time_of_birth(facts),
+            Kind::BlockDevice => disk_sequence(&fd),
+        };
+        let file = OpenFile { fd: Some(fd), medium, kind, direct, identity, born, path, sharing: Mutex::new(Sharing::None) };
+        Ok(Self { file: Arc::new(file) })
     }
 
     /// Whether transfers pass the host's page cache by.
@@ -267,6 +274,10 @@ impl Storage for UringFile {
         self.file.identity
     }
 
+    fn born(&self) -> u64 {
+        self.file.born
+    }
+
     async fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
         if self.file.medium != Medium::Served {
             return self.file.set_sharing(sharing);
@@ -340,6 +351,25 @@ fn block_device_length(fd: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(size?)
 }
 
+/// Which disk since the machine was started has the number of a block device; zero if the kernel does not say (before Linux 5.15).
+fn disk_sequence(fd: &OwnedFd) -> u64 {
+    type GetSequence = rustix::ioctl::Getter<{ rustix::ioctl::opcode::read::<u64>(0x12, 128) }, u64>;
+    // SAFETY: BLKGETDISKSEQ (linux/fs.h) writes one 64-bit number.
+    let request = unsafe { GetSequence::new() };
+    // SAFETY: the request only reads a property of the descriptor.
+    let sequence = unsafe { rustix::ioctl::ioctl(fd, request) };
+    sequence.unwrap_or(0)
+}
+
+/// In nanoseconds since 1970; zero if the file system does not say.
+fn time_of_birth(facts: &Statx) -> u64 {
+    if facts.stx_mask & StatxFlags::BTIME.bits() == 0 {
+        return 0;
+    }
+    let seconds = u64::try_from(facts.stx_btime.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(facts.stx_btime.tv_nsec.into())
+}
+
 fn describe(kind: FileType) -> &'static str {
     match kind {
         FileType::Directory => "a directory",
@@ -362,6 +392,7 @@ mod tests {
     use super::super::{Reactor, UringEnvironment};
     use super::*;
     use crate::buffer::{AlignedBuffer, SharedVectors};
+    use crate::storage::kept::Incarnation;
     use crate::storage::{Access, Environment, Location, StorageExt};
 
     /// A small generator of our own (splitmix64), so that a seed means the same run for ever.
@@ -640,6 +671,35 @@ mod tests {
             let error = file.set_len(u64::MAX).await.expect_err("refused");
             assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
         });
+    }
+
+    #[test]
+    fn a_file_is_told_from_one_that_had_its_number_before() {
+        on_every_file(|file| async move {
+            let path = file.file.path.clone();
+            let open = async |access| {
+                let at = Location::Trusted(path.clone());
+                UringEnvironment.open(&at, access, CacheMode::Buffered).await.expect("a file")
+            };
+            assert_ne!(file.born(), 0, "every file system of today says it");
+            assert_eq!(open(Access::Read).await.born(), file.born());
+            UringEnvironment.remove(&path).await.expect("removed");
+            // The clock of files has a coarse hand.
+            UringEnvironment.sleep_until(UringEnvironment.now() + std::time::Duration::from_millis(20)).await;
+            let next = open(Access::CreateNew).await;
+            assert!(!Incarnation::of(&next).may_be(Incarnation { born: file.born(), ..Incarnation::of(&next) }));
+        });
+    }
+
+    #[test]
+    fn a_block_device_is_told_from_one_that_had_its_number_before() {
+        let Some(device) = LoopDevice::new("512") else { return };
+        let first = Incarnation::of(&device.open(CacheMode::Buffered));
+        assert!(first.born != 0 && first == Incarnation::of(&device.open(CacheMode::Direct)));
+        drop(device);
+        let Some(device) = LoopDevice::new("512") else { return };
+        let next = Incarnation::of(&device.open(CacheMode::Buffered));
+        assert!(!next.may_be(Incarnation { file: next.file, ..first }));
     }
 
     /// A block device of one MiB, if this process may make one.

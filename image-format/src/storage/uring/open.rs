@@ -15,7 +15,7 @@ use crate::storage::{Access, CacheMode, Location};
 const NEW_FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
 /// What must be known of a file to use it.
-pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).union(StatxFlags::DIOALIGN);
+pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).union(StatxFlags::BTIME).union(StatxFlags::DIOALIGN);
 
 /// Opens an image.
 ///
