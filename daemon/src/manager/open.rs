@@ -1,7 +1,7 @@
 //! Opening a device: which layers it has, by the catalogue and by the images' headers, and what may be written to.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -9,7 +9,7 @@ use std::rc::Rc;
 use snapfence::protocol::{Failure, LayerState};
 use snapfence_image_format::chain::{self, ChainError, ChainLayer, ChainOptions, Format, NameError, Protection};
 use snapfence_image_format::stack::{MAX_LAYERS, Stack};
-use snapfence_image_format::storage::{Access, CacheMode, Environment, FileIdentity, Location, Storage};
+use snapfence_image_format::storage::{Environment, FileIdentity, Location};
 
 use super::device::{Device, DeviceLayer};
 use super::host::{ExportError, Host};
@@ -282,14 +282,15 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 DeviceLayer::new(layer, state, if at == top { options.name.clone() } else { self.fresh_node_name() })
             })
             .collect();
+        // There may be a thousand of either.
+        let places: HashMap<_, _> = layers.iter().enumerate().map(|(at, layer)| (layer.record.path.clone(), at)).collect();
         for (snapshot, member) in frozen {
-            for layer in &mut layers {
-                if layer.record == member.frozen {
-                    layer.snapshot = Some(snapshot.clone());
-                }
-                if layer.record == member.overlay {
-                    layer.made_by = Some(snapshot.clone());
-                }
+            let place = |record: &LayerRecord| places.get(&record.path).copied();
+            if let Some(layer) = place(&member.frozen).map(|at| &mut layers[at]).filter(|layer| layer.record == member.frozen) {
+                layer.snapshot = Some(snapshot.clone());
+            }
+            if let Some(layer) = place(&member.overlay).map(|at| &mut layers[at]).filter(|layer| layer.record == member.overlay) {
+                layer.made_by = Some(snapshot);
             }
         }
         let device = Rc::new(Device {
@@ -359,6 +360,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let known = record.map(|record| record.layers.as_slice()).unwrap_or_default();
         let images = known.iter().map(|layer| layer.path.clone()).chain([options.image.clone()]).collect();
         let allowed = self.allowed_around(images).await.map_err(DeviceOpenCause::Look)?;
+        let below = known.split_last().map_or(known, |(_, below)| below);
+        let expected: Vec<_> = below.iter().map(|layer| (layer.path.clone(), layer.format)).collect();
         let mut protected = if options.read_only { Beneath::default() } else { self.beneath().await? };
         if record.is_none()
             && !options.read_only
@@ -374,6 +377,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             writable: !options.read_only,
             protected: &protected,
             keeper: Some(&self.keeper),
+            expected: &expected,
         };
         let layers = chain::open_chain(&self.environment, &location, top.format, chain_options)
             .await
@@ -400,12 +404,14 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             // Perhaps by another name.
             let image = self.identity(&options.image).await;
             let image = image.map_err(|source| DeviceOpenCause::Image { path: options.image.clone(), source })?;
-            for layer in &record.layers {
-                if self.identity(&layer.path).await.is_ok_and(|identity| identity == image) {
-                    found = Some(layer);
-                    break;
-                }
-            }
+            let paths: Vec<_> = record.layers.iter().map(|layer| layer.path.clone()).collect();
+            let identities = self.environment.identities(&paths).await;
+            found = record
+                .layers
+                .iter()
+                .zip(identities)
+                .find(|(_, found)| found.as_ref().is_ok_and(|found| *found == image))
+                .map(|(layer, _)| layer);
         }
         let Some(found) = found else {
             return Err(DeviceOpenCause::NotInStack {
@@ -422,8 +428,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
     }
 
     pub(super) async fn identity(&self, path: &Path) -> io::Result<FileIdentity> {
-        let file = self.environment.open(&Location::Trusted(path.to_owned()), Access::Read, CacheMode::Buffered).await?;
-        Ok(file.identity())
+        let mut identities = self.environment.identities(&[path.to_owned()]).await;
+        identities.pop().expect("one for each path")
     }
 
     /// Everything that must not be written to, because a record or the header of an open image says that it lies beneath something.
@@ -442,21 +448,20 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             }
         }
         let recorded = self.catalogue.run(|store| layers_beneath(store)).await?;
-        let mut looked_at = HashMap::new();
+        let not_open: BTreeSet<_> = recorded.iter().map(|(layer, _)| &layer.path).filter(|path| !open_paths.contains_key(*path)).collect();
+        let not_open: Vec<_> = not_open.into_iter().cloned().collect();
+        let identities = self.environment.identities(&not_open).await;
+        let mut looked_at: HashMap<_, _> = not_open.into_iter().zip(identities).collect();
+        looked_at.extend(open_paths.into_iter().map(|(path, identity)| (path, Ok(identity))));
         for (layer, dependant) in recorded {
-            let identity = match (open_paths.get(&layer.path), looked_at.get(&layer.path)) {
-                (Some(identity), _) => Some(*identity),
-                (None, Some(identity)) => *identity,
-                (None, None) => match self.identity(&layer.path).await {
-                    Ok(identity) => Some(identity),
-                    // A file that is not there cannot be written to either.
-                    Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => None,
-                    Err(source) => return Err(BeneathError::Layer { path: layer.path, dependant, source }),
-                },
-            };
-            looked_at.insert(layer.path, identity);
-            if let Some(identity) = identity {
-                beneath.0.entry(identity).or_insert(dependant);
+            match &looked_at[&layer.path] {
+                Ok(identity) => drop(beneath.0.entry(*identity).or_insert(dependant)),
+                // A file that is not there cannot be written to either.
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                Err(_) => {
+                    let source = looked_at.remove(&layer.path).and_then(Result::err).expect("seen just now");
+                    return Err(BeneathError::Layer { path: layer.path, dependant, source });
+                }
             }
         }
         Ok(beneath)

@@ -1,6 +1,6 @@
 //! Opening an image and everything beneath it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,12 +33,15 @@ pub struct ChainOptions<'a> {
     pub protected: &'a dyn Protection,
     /// Where to keep, while the top is written to, what must not be lost with the process, and where an earlier process has left it.
     pub keeper: Option<&'a Arc<dyn MemoryKeeper>>,
+    /// Absolute paths and formats of files that were beneath the top when last seen. They are opened all at once, and not one after the other as
+    /// their headers lead to them; what the headers say counts nevertheless.
+    pub expected: &'a [(PathBuf, Format)],
 }
 
 impl<'a> ChainOptions<'a> {
     /// To be read past the page cache, where nothing is protected and nothing kept.
     pub fn reading(allowed: &'a AllowedDirectories) -> Self {
-        Self { allowed, data_files: &[], cache: CacheMode::Direct, writable: false, protected: &Unprotected, keeper: None }
+        Self { allowed, data_files: &[], cache: CacheMode::Direct, writable: false, protected: &Unprotected, keeper: None, expected: &[] }
     }
 }
 
@@ -222,6 +225,30 @@ struct Found<E: Environment> {
     is_kept: bool,
 }
 
+/// A file that is expected in the chain, opened for reading and locked.
+struct Ahead<E: Environment> {
+    file: E::File,
+    /// Of a qcow2 image.
+    header: Option<Header>,
+}
+
+/// Opens the files that are expected beneath the top. What fails here is left to whoever follows the chain, and may not even be in it.
+async fn open_ahead<E: Environment>(environment: &E, options: &ChainOptions<'_>, locked: bool) -> HashMap<PathBuf, Ahead<E>> {
+    let open = async |(path, format): &(PathBuf, Format)| {
+        let location = options.allowed.locate(path).ok()?;
+        let file = open_file(environment, &location, false, options.cache).await.ok()?;
+        if locked {
+            lock_file(&file, false).await.ok()?;
+        }
+        let header = match format {
+            Format::Raw => None,
+            Format::Qcow2 => Some(Header::read(&file).await.ok()?),
+        };
+        Some((location.path(), Ahead { file, header }))
+    };
+    stream::iter(options.expected).map(open).buffer_unordered(AT_ONCE).filter_map(std::future::ready).collect().await
+}
+
 /// Follows the chain from its top to the base, and locks all of it.
 async fn walk<E: Environment>(
     environment: &E,
@@ -231,6 +258,7 @@ async fn walk<E: Environment>(
     limit: usize,
     locked: bool,
 ) -> Result<Vec<Found<E>>, ChainError> {
+    let mut ahead = open_ahead(environment, options, locked).await;
     let mut chain = Vec::new();
     let mut seen = HashSet::new();
     let mut next = Some((top.clone(), format));
@@ -241,7 +269,10 @@ async fn walk<E: Environment>(
             return Err(failed(ChainCause::TooDeep { limit }));
         }
         let writable = options.writable && chain.is_empty();
-        let mut file = open_file(environment, &location, writable, options.cache).await.map_err(failed)?;
+        let (mut file, is_locked, known) = match ahead.remove(&path).filter(|_| !writable) {
+            Some(Ahead { file, header }) => (file, locked, header),
+            None => (open_file(environment, &location, writable, options.cache).await.map_err(failed)?, false, None),
+        };
         let identity = file.identity();
         if !seen.insert(identity) {
             return Err(failed(ChainCause::Twice));
@@ -249,12 +280,15 @@ async fn walk<E: Environment>(
         if let Some(dependant) = options.protected.dependant(identity).filter(|_| writable) {
             return Err(failed(ChainCause::Protected { dependant }));
         }
-        if locked {
+        if locked && !is_locked {
             lock_file(&file, writable).await.map_err(failed)?;
         }
         let (mut header, mut is_kept) = (None, false);
         if format == Format::Qcow2 {
-            let mut read = Header::read(&file).await.map_err(|error| failed(error.into()))?;
+            let mut read = match known {
+                Some(known) => known,
+                None => Header::read(&file).await.map_err(|error| failed(error.into()))?,
+            };
             is_kept = has_left(&read, options.keeper);
             if !writable && is_kept {
                 // It was the top of the stack when its process was killed.
@@ -380,6 +414,7 @@ async fn open_data_file<E: Environment>(
 mod tests {
     use super::*;
     use crate::qcow2::testing::plain_header;
+    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
     use crate::storage::MemoryEnvironment;
 
     const MEGABYTE: u64 = 1 << 20;
@@ -467,6 +502,64 @@ mod tests {
         let expected = [("/i/base.raw", Format::Raw, 4096), ("/i/middle", Format::Qcow2, MEGABYTE), ("/i/top", Format::Qcow2, MEGABYTE)];
         assert_eq!(found, expected);
     }
+    #[test]
+    fn what_was_expected_beneath_changes_nothing_but_the_time_it_takes() {
+        let of = |list: &[(&str, Format)]| list.iter().map(|(path, format)| (PathBuf::from(path), *format)).collect::<Vec<_>>();
+        let (raw, qcow2) = (Format::Raw, Format::Qcow2);
+        let table = [
+            of(&[("/i/base.raw", raw), ("/i/middle", qcow2)]),
+            // Nothing of that is so any more.
+            of(&[("/i/base.raw", qcow2), ("/i/middle", raw), ("/i/top", qcow2)]),
+            of(&[("/i/none", qcow2), ("/i/other", raw), ("/secret", raw), ("/i/to-middle", qcow2)]),
+        ];
+        for expected in table {
+            for writable in [false, true] {
+                let environment = three();
+                environment.put("/i/other", &[0; 512]);
+                environment.put("/secret", &[0; 512]);
+                environment.symlink("/i/middle", "/i/to-middle").expect("a new name");
+                let (used, given) = (environment.clone(), expected.clone());
+                let layers = environment.block_on(async move {
+                    let allowed = AllowedDirectories::new(["/i".into()]);
+                    let options = ChainOptions { writable, expected: &given, ..ChainOptions::reading(&allowed) };
+                    open_chain(&used, &Location::Trusted("/i/top".into()), qcow2, options).await.expect("whole")
+                });
+                let found: Vec<_> = layers.iter().map(|layer| (layer.path.to_str().expect("UTF-8"), layer.format)).collect();
+                assert_eq!(found, [("/i/base.raw", raw), ("/i/middle", qcow2), ("/i/top", qcow2)], "{expected:?}");
+                let refused = open(&environment, "/i/middle", qcow2, true).expect_err("locked").to_string();
+                assert!(refused.starts_with("/i/middle: is in use: "), "{refused}");
+                open(&environment, "/i/other", raw, true).expect("nothing that is not in the chain is held");
+            }
+        }
+    }
+
+    /// The files of a chain take a while each, but not after one another.
+    #[test]
+    fn what_was_expected_beneath_is_opened_at_the_same_time() {
+        let took = |ahead: bool| {
+            let disk = SimulatedEnvironment::new(4);
+            disk.put("/i/0", &[0; 512]);
+            let mut expected = vec![(PathBuf::from("/i/0"), Format::Raw)];
+            for layer in 1..60 {
+                let format = if layer == 1 { "raw" } else { "qcow2" };
+                disk.put(format!("/i/{layer}"), &image(Some((&(layer - 1).to_string(), Some(format))))[..]);
+                expected.push((PathBuf::from(format!("/i/{layer}")), Format::Qcow2));
+            }
+            expected.truncate(if ahead { 59 } else { 0 });
+            let used = disk.clone();
+            Simulation::on(disk).block_on(async move {
+                let allowed = AllowedDirectories::new(["/i".into()]);
+                let options = ChainOptions { writable: true, expected: &expected, ..ChainOptions::reading(&allowed) };
+                let began = used.now();
+                let layers = open_chain(&used, &Location::Trusted("/i/59".into()), Format::Qcow2, options).await.expect("whole");
+                assert_eq!(layers.len(), 60);
+                used.now() - began
+            })
+        };
+        let (one_by_one, at_once) = (took(false), took(true));
+        assert!(at_once * 4 < one_by_one, "{at_once:?} against {one_by_one:?}");
+    }
+
 
     #[test]
     fn layers_beneath_are_shared_and_the_top_is_not() {

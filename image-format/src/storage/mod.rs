@@ -231,6 +231,21 @@ pub trait Environment: std::fmt::Debug + Clone + Send + Sync + 'static {
     /// block device; `ELOOP` or `EXDEV` for a name that leaves its allowed directory.
     fn open(&self, at: &Location, access: Access, cache: CacheMode) -> impl Future<Output = io::Result<Self::File>>;
 
+    /// Which file each of these paths leads to, through links as well.
+    ///
+    /// # Errors
+    /// For each as [`open`](Environment::open) has them.
+    fn identities(&self, paths: &[PathBuf]) -> impl Future<Output = Vec<io::Result<FileIdentity>>> {
+        async move {
+            let mut identities = Vec::with_capacity(paths.len());
+            for path in paths {
+                let file = self.open(&Location::Trusted(path.clone()), Access::Read, CacheMode::Buffered).await;
+                identities.push(file.map(|file| file.identity()));
+            }
+            identities
+        }
+    }
+
     /// Gives `from` the name `to`, replacing what had it. Durable after [`flush_directory`](Environment::flush_directory).
     fn rename(&self, from: &Path, to: &Path) -> impl Future<Output = io::Result<()>>;
 

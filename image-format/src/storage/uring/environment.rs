@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
@@ -14,7 +14,7 @@ use super::file::UringFile;
 use super::operation::{CallKind, Output};
 use super::{open, ring};
 use crate::runtime;
-use crate::storage::{Access, CacheMode, Environment, Location};
+use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location};
 
 /// The real world over the io_uring of the calling thread. Its futures belong into tasks of a [`Reactor`](super::Reactor), whose thread has
 /// entered it. New files are for their owner only (mode 0600).
@@ -52,6 +52,12 @@ impl Environment for UringEnvironment {
         let at = at.clone();
         // Each of the questions may go to a file server, which may take for ever.
         blocking::unblock(move || open::file(&at, access, cache)).await
+    }
+
+    async fn identities(&self, paths: &[PathBuf]) -> Vec<io::Result<FileIdentity>> {
+        let paths = paths.to_vec();
+        // All at once: going to another thread takes longer than most answers.
+        blocking::unblock(move || paths.iter().map(|path| open::identity(path)).collect()).await
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,7 +51,7 @@ pub(super) struct OpenFile {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Regular,
     BlockDevice,
 }
@@ -96,21 +96,7 @@ impl UringFile {
     /// Takes over a descriptor that was opened with `O_NONBLOCK` and without `O_DIRECT`, if it is of a kind that can hold an image. `facts`
     /// are what the system says about its type, number and alignment.
     pub(super) fn adopt(fd: OwnedFd, facts: &Statx, medium: Medium, path: PathBuf, cache: CacheMode) -> io::Result<Self> {
-        let (kind, identity) = match FileType::from_raw_mode(facts.stx_mode.into()) {
-            FileType::RegularFile => {
-                let device = rustix::fs::makedev(facts.stx_dev_major, facts.stx_dev_minor);
-                (Kind::Regular, FileIdentity { device, inode: facts.stx_ino })
-            }
-            FileType::BlockDevice => {
-                let number = rustix::fs::makedev(facts.stx_rdev_major, facts.stx_rdev_minor);
-                (Kind::BlockDevice, FileIdentity { device: FileIdentity::BLOCK_DEVICES, inode: number })
-            }
-            other => {
-                let what = describe(other);
-                let message = format!("{} is {what}, neither a file nor a block device", path.display());
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
-            }
-        };
+        let (kind, identity) = identify(facts, &path)?;
         let direct = match cache {
             CacheMode::Direct => direct_alignment(&fd, facts, kind).unwrap_or_else(|reason| {
                 tracing::warn!(path = %path.display(), reason, "O_DIRECT is not possible here: transfers go through the page cache");
@@ -315,6 +301,28 @@ impl Future for UringTransfer {
                 Output::Transfer(transferred) => transferred,
                 _ => unreachable!("transfers end with their buffer"),
             }),
+        }
+    }
+}
+
+/// What a file is, and which one, by what the system says about it.
+///
+/// # Errors
+/// `InvalidInput` if it is of a kind that cannot hold an image.
+pub(super) fn identify(facts: &Statx, path: &Path) -> io::Result<(Kind, FileIdentity)> {
+    match FileType::from_raw_mode(facts.stx_mode.into()) {
+        FileType::RegularFile => {
+            let device = rustix::fs::makedev(facts.stx_dev_major, facts.stx_dev_minor);
+            Ok((Kind::Regular, FileIdentity { device, inode: facts.stx_ino }))
+        }
+        FileType::BlockDevice => {
+            let number = rustix::fs::makedev(facts.stx_rdev_major, facts.stx_rdev_minor);
+            Ok((Kind::BlockDevice, FileIdentity { device: FileIdentity::BLOCK_DEVICES, inode: number }))
+        }
+        other => {
+            let what = describe(other);
+            let message = format!("{} is {what}, neither a file nor a block device", path.display());
+            Err(io::Error::new(io::ErrorKind::InvalidInput, message))
         }
     }
 }

@@ -9,7 +9,7 @@ use rustix::io::retry_on_intr;
 
 use super::file::UringFile;
 use super::stat::Medium;
-use crate::storage::{Access, CacheMode, Location};
+use crate::storage::{Access, CacheMode, FileIdentity, Location};
 
 /// Permissions of new images: for their owner only, as they hold what a guest holds. The umask takes its share of it.
 const NEW_FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -41,6 +41,15 @@ pub(super) fn file(at: &Location, access: Access, cache: CacheMode) -> io::Resul
     let facts = retry_on_intr(|| rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, FACTS))?;
     let medium = Medium::of(&fd);
     UringFile::adopt(fd, &facts, medium, at.path(), cache)
+}
+
+/// Which file a path leads to, without opening it.
+///
+/// # Errors
+/// As of [`file()`].
+pub(super) fn identity(path: &Path) -> io::Result<FileIdentity> {
+    let facts = retry_on_intr(|| rustix::fs::statx(CWD, path, AtFlags::empty(), FACTS))?;
+    Ok(super::file::identify(&facts, path)?.1)
 }
 
 /// Opens a directory, to make it durable.
