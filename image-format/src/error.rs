@@ -77,10 +77,10 @@ pub enum LayerError {
     /// An earlier flush or metadata write failed; what is durable is unknown until the image is opened again.
     #[error("an earlier write to the image failed and it must be opened again: {0}")]
     Failed(Box<LayerError>),
-    /// A flush had failed before the layer was opened: nobody can say what of it a power cut would leave.
+    /// A flush of the layer had failed before it was opened, or somebody else's has: nobody can say what of it a power cut would leave.
     #[error(
-        "a flush of layer {layer} (the base is 0) failed before it was opened, so a power cut may take away what had been written to it until then; \
-         copy the disk to a new image, or restart the machine"
+        "a flush of layer {layer} (the base is 0) has failed, so a power cut may take away what had been written to it until then; copy the disk \
+         to a new image, or restart the host"
     )]
     Doubtful {
         /// Which layer of the stack, the base being 0.

@@ -12,7 +12,7 @@ use crate::extent::{Extent, ExtentList};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
 use crate::rounds::Rounds;
-use crate::storage::kept::{Incarnation, MemoryKeeper};
+use crate::storage::kept::{Failure, Incarnation, MemoryKeeper};
 use crate::storage::{Environment, Storage};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -265,18 +265,32 @@ impl<E: Environment> Layer<E> {
 
     /// That the layer cannot be made durable is remembered in `keeper` from now on, beyond the process. Only the first call counts.
     pub(crate) fn remember_failures(&self, keeper: &Arc<dyn MemoryKeeper>) {
-        self.rounds().remember_in(keeper, Incarnation::of(self.file()));
+        let mut files = vec![Incarnation::of(self.file())];
+        if self.data_file().identity() != self.file().identity() {
+            files.push(Incarnation::of(self.data_file()));
+        }
+        self.rounds().remember_in(keeper, files);
     }
 
-    /// Whether a flush had failed before the layer was opened, since the machine was started: what had been written until then may be seen now and
-    /// still be gone after a power cut, whatever later flushes say. Known if there is a keeper.
-    pub fn had_failed(&self) -> bool {
-        self.rounds().had_failed()
+    /// The failure of a flush of the layer since the machine was started and before it was opened: what had been written until then may be seen now
+    /// and still be gone after a power cut, whatever later flushes say. Known if there is a keeper.
+    pub fn earlier_failure(&self) -> Option<Failure> {
+        self.rounds().earlier_failure()
+    }
+
+    /// As [`earlier_failure`](Self::earlier_failure), and also of one that somebody else has met since who makes the layer durable.
+    pub(crate) fn present_failure(&self) -> Option<Failure> {
+        self.rounds().present_failure()
     }
 
     /// Remembers that the layer could not be made durable, where that was tried past the layer.
     pub(crate) fn note_failure(&self) {
         self.rounds().note_failure();
+    }
+
+    /// Remembers that those who write to the layer know of the failure of a flush, if there was one.
+    pub(crate) fn note_told(&self) {
+        self.rounds().add_to_failure(Failure { told: true, rewritten: false });
     }
 
     /// Begins to keep what must not be lost with the process, in an image that was opened without a keeper and has not been written to yet.

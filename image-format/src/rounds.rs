@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::error::{LayerError, Structure};
 use crate::runtime::WaitQueue;
 use crate::storage::Storage;
-use crate::storage::kept::{Incarnation, MemoryKeeper};
+use crate::storage::kept::{Failure, Incarnation, MemoryKeeper};
 use crate::units::HostOffset;
 
 /// Rounds of work on one file, one at a time. Whoever asks while one is under way waits for the next, because the present one may have begun
@@ -25,12 +25,25 @@ pub(crate) struct Rounds {
     outliving: OnceLock<Outliving>,
 }
 
-/// What is remembered of the file beyond this process.
+/// What is remembered of the files beyond this process.
 #[derive(Debug)]
 struct Outliving {
     keeper: Arc<dyn MemoryKeeper>,
-    file: Incarnation,
-    had_failed: bool,
+    /// The image and, if it has one, its data file.
+    files: Vec<Incarnation>,
+    /// What had been known when they were opened.
+    found: Option<Failure>,
+}
+
+impl Outliving {
+    fn failure(&self) -> Option<Failure> {
+        let failures = self.files.iter().filter_map(|file| self.keeper.failure(*file));
+        failures.reduce(|one, other| Failure { told: one.told && other.told, rewritten: one.rewritten && other.rewritten })
+    }
+
+    fn add(&self, news: Failure) {
+        self.files.iter().for_each(|file| self.keeper.add_to_failure(*file, news));
+    }
 }
 
 #[derive(Debug, Default)]
@@ -66,19 +79,35 @@ impl Rounds {
     }
 
     /// From now on flushes that fail are remembered in `keeper`. Only the first call counts.
-    pub(crate) fn remember_in(&self, keeper: &Arc<dyn MemoryKeeper>, file: Incarnation) {
-        self.outliving.get_or_init(|| Outliving { keeper: Arc::clone(keeper), file, had_failed: keeper.has_failed(file) });
+    pub(crate) fn remember_in(&self, keeper: &Arc<dyn MemoryKeeper>, files: Vec<Incarnation>) {
+        self.outliving.get_or_init(|| {
+            let mut outliving = Outliving { keeper: Arc::clone(keeper), files, found: None };
+            outliving.found = outliving.failure();
+            outliving
+        });
     }
 
-    /// Whether a flush of the file had failed, since the machine was started, before it was opened.
-    pub(crate) fn had_failed(&self) -> bool {
-        self.outliving.get().is_some_and(|outliving| outliving.had_failed)
+    /// The failure of a flush since the machine was started and before the file was opened.
+    pub(crate) fn earlier_failure(&self) -> Option<Failure> {
+        self.outliving.get().and_then(|outliving| outliving.found)
+    }
+
+    /// The failure of a flush since the machine was started, here or elsewhere.
+    pub(crate) fn present_failure(&self) -> Option<Failure> {
+        self.outliving.get().and_then(Outliving::failure)
     }
 
     /// Remembers beyond this process that a flush of the file has failed. To be called before anybody is told.
     pub(crate) fn note_failure(&self) {
-        if let Some(Outliving { keeper, file, .. }) = self.outliving.get() {
-            keeper.note_failure(*file);
+        if let Some(Outliving { keeper, files, .. }) = self.outliving.get() {
+            files.iter().for_each(|file| keeper.note_failure(*file));
+        }
+    }
+
+    /// Remembers what has come to be known of a failure, if there was one.
+    pub(crate) fn add_to_failure(&self, news: Failure) {
+        if let Some(outliving) = self.outliving.get() {
+            outliving.add(news);
         }
     }
 
@@ -337,8 +366,8 @@ mod tests {
         disk.inject(Fault::once(OperationKind::Flush, 0));
         let rounds_of = |inode| {
             let rounds = Rounds::default();
-            assert!(!rounds.had_failed());
-            rounds.remember_in(&keeper, file(inode));
+            assert_eq!(rounds.earlier_failure(), None);
+            rounds.remember_in(&keeper, vec![file(inode)]);
             rounds
         };
         let begun = Cell::new(0);
@@ -352,11 +381,21 @@ mod tests {
             rounds.share(rounds.flush(&file)).await.expect_err("a failed flush");
         });
         assert!(poll(pin!(dropped.alone(work(&begun, &Cell::new(false))))).is_pending());
-        assert_eq!([&sound, &*failing, &dropped].map(Rounds::had_failed), [false; 3], "not before they were opened");
+        let failed = Some(Failure::default());
+        assert_eq!([&sound, &*failing, &dropped].map(Rounds::earlier_failure), [None; 3], "not before they were opened");
+        assert_eq!([&sound, &*failing, &dropped].map(Rounds::present_failure), [None, failed, failed]);
         let again = [1, 2, 3, 4].map(rounds_of);
-        assert_eq!(again.each_ref().map(Rounds::had_failed), [false, true, true, false]);
-        again[0].remember_in(&keeper, file(2));
-        assert!(!again[0].had_failed(), "the first call counts");
+        assert_eq!(again.each_ref().map(Rounds::earlier_failure), [None, failed, failed, None]);
+        again[0].remember_in(&keeper, vec![file(2)]);
+        assert_eq!(again[0].earlier_failure(), None, "the first call counts");
+        for (number, told, rewritten) in [(0, true, false), (1, true, false), (1, false, true)] {
+            again[number].add_to_failure(Failure { told, rewritten });
+        }
+        let both = Rounds::default();
+        both.remember_in(&keeper, vec![file(1), file(2)]);
+        assert_eq!(both.earlier_failure(), Some(Failure { told: true, rewritten: true }), "of what has failed of it");
+        both.note_failure();
+        assert_eq!([1, 2].map(|inode| rounds_of(inode).earlier_failure()), [failed, failed], "a new failure is not known to anybody");
         now(again[1].share(ready(Ok(())))).expect("it can be written to again");
     }
 

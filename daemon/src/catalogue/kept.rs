@@ -5,7 +5,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use snapfence_image_format::storage::FileIdentity;
-use snapfence_image_format::storage::kept::{Incarnation, KeptMemory, MemoryKeeper};
+use snapfence_image_format::storage::kept::{Failure, Incarnation, KeptMemory, MemoryKeeper};
 use vm_memory::{FileOffset, MmapRegion};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -30,10 +30,11 @@ pub struct FileKeeper {
 /// Files of which a flush has failed: as many as there are entries, and if they are more, all files.
 ///
 /// ```text
-/// entry:  in use (1), device, inode, time of birth
+/// entry:  what is known, device, inode, time of birth
 /// ```
 ///
-/// An entry counts once its first word is stored after the others; the process may end between any two stores.
+/// An entry counts once its first word is stored after the others; the process may end between any two stores. That word has the bits `IN_USE`, `TOLD`
+/// and `REWRITTEN`.
 #[derive(Debug)]
 struct Failures {
     memory: Arc<dyn KeptMemory>,
@@ -41,6 +42,9 @@ struct Failures {
     adding: Mutex<()>,
 }
 
+const IN_USE: u64 = 1;
+const TOLD: u64 = 2;
+const REWRITTEN: u64 = 4;
 const ENTRY_WORDS: usize = 4;
 const MOST_FAILURES: usize = 1024;
 
@@ -49,28 +53,43 @@ impl Failures {
         self.memory.words().chunks_exact(ENTRY_WORDS)
     }
 
-    fn find(&self, file: Incarnation) -> bool {
-        let mut in_use = 0;
-        for entry in self.entries().take_while(|entry| entry[0].load(Ordering::Acquire) != 0) {
-            let [device, inode, born] = [1, 2, 3].map(|word: usize| entry[word].load(Ordering::Relaxed));
-            if file.may_be(Incarnation { file: FileIdentity { device, inode }, born }) {
-                return true;
-            }
-            in_use += 1;
-        }
-        in_use == MOST_FAILURES
+    fn in_use(&self) -> impl Iterator<Item = &[AtomicU64]> {
+        self.entries().take_while(|entry| entry[0].load(Ordering::Acquire) != 0)
     }
 
-    fn add(&self, file: Incarnation) {
+    fn find(&self, file: Incarnation) -> Option<&AtomicU64> {
+        let is_it = |entry: &&[AtomicU64]| {
+            let [device, inode, born] = [1, 2, 3].map(|word: usize| entry[word].load(Ordering::Relaxed));
+            file.may_be(Incarnation { file: FileIdentity { device, inode }, born })
+        };
+        self.in_use().find(is_it).map(|entry| &entry[0])
+    }
+
+    fn known(&self, file: Incarnation) -> Option<Failure> {
+        let known = self.find(file).map(|known| known.load(Ordering::Relaxed));
+        let known = known.or_else(|| (self.in_use().count() == MOST_FAILURES).then_some(IN_USE))?;
+        Some(Failure { told: known & TOLD != 0, rewritten: known & REWRITTEN != 0 })
+    }
+
+    fn note(&self, file: Incarnation) {
         let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.find(file) {
+        if let Some(known) = self.find(file) {
+            known.store(IN_USE, Ordering::Release);
             return;
         }
         let Some(free) = self.entries().find(|entry| entry[0].load(Ordering::Relaxed) == 0) else { return };
         for (place, word) in free[1..].iter().zip([file.file.device, file.file.inode, file.born]) {
             place.store(word, Ordering::Relaxed);
         }
-        free[0].store(1, Ordering::Release);
+        free[0].store(IN_USE, Ordering::Release);
+    }
+
+    fn add(&self, file: Incarnation, news: Failure) {
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = self.find(file) {
+            let bits = if news.told { TOLD } else { 0 } | if news.rewritten { REWRITTEN } else { 0 };
+            known.fetch_or(bits, Ordering::Release);
+        }
     }
 }
 
@@ -127,7 +146,12 @@ impl FileKeeper {
 
     /// Maps a file that is made so long, all of it there, so that no access finds the file system full.
     fn map_whole(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)?;
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64) {
+            // Written, it has its space as well. What is there already stays.
+            Err(rustix::io::Errno::OPNOTSUPP) if file.metadata()?.len() == 0 => (&file).write_all(&vec![0; bytes])?,
+            Err(rustix::io::Errno::OPNOTSUPP) if file.metadata()?.len() == bytes as u64 => {}
+            other => other?,
+        }
         Self::map(file, bytes)
     }
 
@@ -180,11 +204,15 @@ impl MemoryKeeper for FileKeeper {
     }
 
     fn note_failure(&self, file: Incarnation) {
-        self.failures.add(file);
+        self.failures.note(file);
     }
 
-    fn has_failed(&self, file: Incarnation) -> bool {
-        self.failures.find(file)
+    fn failure(&self, file: Incarnation) -> Option<Failure> {
+        self.failures.known(file)
+    }
+
+    fn add_to_failure(&self, file: Incarnation, news: Failure) {
+        self.failures.add(file, news);
     }
 }
 
@@ -202,7 +230,9 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let keeper = FileKeeper::new(directory.path()).expect("a keeper");
         let file = |inode, born| Incarnation { file: FileIdentity { device: 0x10, inode }, born };
-        assert!(!keeper.has_failed(file(0, 0)), "nothing has");
+        let has_failed = |keeper: &FileKeeper, file| keeper.failure(file).is_some();
+        assert!(!has_failed(&keeper, file(0, 0)), "nothing has");
+        keeper.add_to_failure(file(7, 5), Failure { told: true, rewritten: true });
         for _ in 0..2 {
             keeper.note_failure(file(7, 5));
         }
@@ -210,17 +240,23 @@ mod tests {
         drop(keeper);
         let keeper = FileKeeper::new(directory.path()).expect("a keeper");
         for (inode, born, failed) in [(7, 5, true), (7, 6, false), (7, 0, true), (8, 6, true), (9, 5, false)] {
-            assert_eq!(keeper.has_failed(file(inode, born)), failed, "{inode} of {born}");
+            assert_eq!(keeper.failure(file(inode, born)), failed.then(Failure::default), "{inode} of {born}");
         }
         keeper.retain(OWNER, 0);
-        assert!(keeper.has_failed(file(7, 5)), "not even if the image needs no memory");
+        for (news, known) in [((false, true), (false, true)), ((true, false), (true, true)), ((false, false), (true, true))] {
+            keeper.add_to_failure(file(7, 5), Failure { told: news.0, rewritten: news.1 });
+            assert_eq!(keeper.failure(file(7, 5)), Some(Failure { told: known.0, rewritten: known.1 }));
+        }
+        assert_eq!(keeper.failure(file(8, 0)), Some(Failure::default()));
+        keeper.note_failure(file(7, 5));
+        assert_eq!(keeper.failure(file(7, 5)), Some(Failure::default()), "of a new one nobody knows");
         // Two are known, and one more fits.
         for inode in 100..100 + MOST_FAILURES as u64 - 3 {
             keeper.note_failure(file(inode, 1));
         }
-        assert!(!keeper.has_failed(file(9, 5)));
+        assert!(!has_failed(&keeper, file(9, 5)));
         keeper.note_failure(file(50, 1));
-        assert!(keeper.has_failed(file(9, 5)), "which have failed cannot be told any more");
+        assert!(has_failed(&keeper, file(9, 5)), "which have failed cannot be told any more");
         keeper.note_failure(file(51, 1));
     }
 

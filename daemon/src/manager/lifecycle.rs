@@ -134,6 +134,9 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         }
         let result = device.stack.close().await;
         match &result {
+            Ok(()) if device.stack.doubtful_layer().is_some() => {
+                tracing::warn!(event = "device_closed", device = %device.name(), "all is durable but what a failed flush may have lost before");
+            }
             Ok(()) => tracing::info!(event = "device_closed", device = %device.name(), "everything is durable"),
             Err(error) => tracing::error!(event = "close_failed", device = %device.name(), cause = %error, "not everything is durable"),
         }

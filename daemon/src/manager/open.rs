@@ -266,7 +266,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         if let Some(at) = stack.doubtful_layer() {
             tracing::warn!(
                 event = "doubtful_layer", device = %options.name, layer = %layers[at].path.display(),
-                "a flush of it failed before it was opened: there are no snapshots of the device until the machine is restarted or the disk copied"
+                "a flush of it failed before it was opened: there are no snapshots of the device until the host is restarted or the disk copied"
             );
         }
         let top = layers.len() - 1;
@@ -274,10 +274,10 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             .into_iter()
             .enumerate()
             .map(|(at, layer)| {
-                let state = match layer.layer.had_failed() {
+                let state = match layer.layer.earlier_failure() {
                     _ if at == top && !read_only => LayerState::Active,
-                    true => LayerState::Failed,
-                    false => LayerState::Frozen,
+                    Some(_) => LayerState::Failed,
+                    None => LayerState::Frozen,
                 };
                 DeviceLayer::new(layer, state, if at == top { options.name.clone() } else { self.fresh_node_name() })
             })

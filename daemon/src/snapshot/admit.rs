@@ -111,8 +111,8 @@ pub enum Refusal {
     },
     /// It could be taken, and would not be durable.
     #[error(
-        "no snapshot of device '{device}' would be durable: a flush of {layer} failed before it was opened, and a power cut may take away what had \
-         been written to it until then; copy the disk to a new image, or restart the machine"
+        "no snapshot of device '{device}' would be durable: a flush of {layer} has failed, and a power cut may take away what had \
+         been written to it until then; copy the disk to a new image, or restart the host"
     )]
     Doubtful {
         /// Which device.

@@ -342,7 +342,8 @@ async fn adopt<E: Environment>(
     chain::lock_file(&file, true).await?;
     let header = Header::read(&file).await?;
     covers(environment, below, path, &header).await?;
-    let image = Layer::Qcow2(Qcow2::open_with_header(file, header, OpenOptions::writing()).await?);
+    let opening = OpenOptions { keeper: Some(Arc::clone(others.keeper)), keep_later: true, ..OpenOptions::writing() };
+    let image = Layer::Qcow2(Qcow2::open_with_header(file, header, opening).await?);
     match make_ready(environment, path, &image, below.virtual_size, others.keeper).await {
         Ok(()) => Ok((identity, image)),
         Err(cause) => {

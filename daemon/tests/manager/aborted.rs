@@ -153,12 +153,19 @@ fn examine(
         if let Some(before) = seen.at_rest {
             assert_eq!(at_rest, before, "{what}: a start has changed what was at rest");
         }
+        let is_doubtful = |device: &&str| world.manager.device(device).expect("a device").stack.doubtful_layer().is_some();
+        let (doubtful, sound): (Vec<_>, Vec<_>) = DEVICES.into_iter().partition(is_doubtful);
+        for device in &doubtful {
+            let view = world.manager.device(device).expect("a device").stack.view();
+            view.flush().await.expect_err("the guest may not know yet");
+        }
+        for _ in 0..20 {
+            world.pause().await;
+        }
         for device in DEVICES {
             world.write(device, 1, 3).await;
             world.flush(device).await;
         }
-        let is_doubtful = |device: &&str| world.manager.device(device).expect("a device").stack.doubtful_layer().is_some();
-        let (doubtful, sound): (Vec<_>, Vec<_>) = DEVICES.into_iter().partition(is_doubtful);
         assert!(doubtful.iter().all(|device| failed.contains(device)), "{what}: {doubtful:?} are doubted");
         if !doubtful.is_empty() {
             let refused = world.ask("snapshot-create", asked("all")).await.expect_err("it would not be durable").desc;

@@ -183,9 +183,9 @@ impl Model {
         }
     }
 
-    /// A flush may have failed: what was not durable by now never may be, although it can be seen until a power cut.
-    pub(crate) fn may_have_lost(&mut self) {
-        for sector in self.disks.iter_mut().flat_map(BTreeMap::values_mut) {
+    /// The guest is told that a flush has failed: what was not durable by now never may be, although it can be seen until a power cut.
+    pub(crate) fn may_have_lost(&mut self, disk: usize) {
+        for sector in self.disks[disk].values_mut() {
             let not_durable = &mut sector.history[sector.durable + 1..];
             not_durable.iter_mut().filter(|entry| entry.completed.is_some()).for_each(|entry| entry.may_be_missing = true);
         }

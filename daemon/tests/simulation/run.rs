@@ -485,12 +485,9 @@ pub(crate) fn run(seed: u64, shown: bool) -> Outcome {
         } else {
             run.catalogue = run.catalogue.after_kill();
             guest.killed();
-            if disk_fails {
-                // A flush may have failed without anybody having been told.
-                guest.model.may_have_lost();
-            }
             outcome.kills += 1;
         }
+        guest.flush_has_failed = !is_power_cut && (guest.flush_has_failed || disk_fails);
         guest.disk_fails = false;
         guest.trace.note(format_args!("the daemon is gone; unsettled {}, at {:?}", run.unsettled.get(), environment.now()));
     }

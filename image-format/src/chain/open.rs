@@ -322,8 +322,7 @@ async fn open_layer<E: Environment>(
         Some(header) => {
             let data_file = open_data_file(environment, &path, &header, options, locked).await.map_err(failed)?;
             // An image with nothing left is not changed before all beneath it has been found good.
-            let keeper = options.keeper.filter(|_| is_kept).cloned();
-            let opening = OpenOptions { writable, data_file, l2_cache_bytes: None, keeper };
+            let opening = OpenOptions { writable, data_file, l2_cache_bytes: None, keeper: options.keeper.cloned(), keep_later: !is_kept };
             let image = Qcow2::open_with_header(file, header, opening).await;
             (Format::Qcow2, Layer::Qcow2(image.map_err(|error| failed(error.into()))?))
         }
@@ -414,8 +413,8 @@ async fn open_data_file<E: Environment>(
 mod tests {
     use super::*;
     use crate::qcow2::testing::plain_header;
-    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
     use crate::storage::MemoryEnvironment;
+    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
 
     const MEGABYTE: u64 = 1 << 20;
 
@@ -502,6 +501,7 @@ mod tests {
         let expected = [("/i/base.raw", Format::Raw, 4096), ("/i/middle", Format::Qcow2, MEGABYTE), ("/i/top", Format::Qcow2, MEGABYTE)];
         assert_eq!(found, expected);
     }
+
     #[test]
     fn what_was_expected_beneath_changes_nothing_but_the_time_it_takes() {
         let of = |list: &[(&str, Format)]| list.iter().map(|(path, format)| (PathBuf::from(path), *format)).collect::<Vec<_>>();
@@ -559,7 +559,6 @@ mod tests {
         let (one_by_one, at_once) = (took(false), took(true));
         assert!(at_once * 4 < one_by_one, "{at_once:?} against {one_by_one:?}");
     }
-
 
     #[test]
     fn layers_beneath_are_shared_and_the_top_is_not() {

@@ -177,7 +177,8 @@ impl<E: Environment> Inner<E> {
 
     /// Failures to make the image durable are remembered in `keeper` from now on. Only the first call counts.
     fn remember_failures(&self, keeper: &Arc<dyn MemoryKeeper>) {
-        self.rounds.remember_in(keeper, Incarnation::of(&self.file));
+        let files = std::iter::once(&self.file).chain(&self.data_file);
+        self.rounds.remember_in(keeper, files.map(Incarnation::of).collect());
     }
 
     /// Whether the guest's cluster that starts at `guest` may be overwritten where it is, at `host`, if nothing else refers to it. An error

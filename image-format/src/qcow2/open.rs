@@ -32,20 +32,22 @@ pub struct OpenOptions<E: Environment> {
     pub data_file: Option<E::File>,
     /// Bytes of clean L2 slices to keep in memory; `None` for the default.
     pub l2_cache_bytes: Option<usize>,
-    /// Where to keep, while the image is written to, what must not be lost with the process. Without one, a killed process is what a power cut
-    /// is: what no flush covered may be gone.
+    /// Where to keep, while the image is written to, what must not be lost with the process, and to remember flushes that fail. Without one, a killed
+    /// process is what a power cut is: what no flush covered may be gone.
     pub keeper: Option<Arc<dyn MemoryKeeper>>,
+    /// Nothing is kept yet, but flushes that fail are remembered: [`Layer::keep`](crate::layer::Layer::keep) follows.
+    pub keep_later: bool,
 }
 
 impl<E: Environment> OpenOptions<E> {
     /// For reading.
     pub fn reading() -> Self {
-        Self { writable: false, data_file: None, l2_cache_bytes: None, keeper: None }
+        Self { writable: false, data_file: None, l2_cache_bytes: None, keeper: None, keep_later: false }
     }
 
     /// For reading and writing.
     pub fn writing() -> Self {
-        Self { writable: true, data_file: None, l2_cache_bytes: None, keeper: None }
+        Self { writable: true, data_file: None, l2_cache_bytes: None, keeper: None, keep_later: false }
     }
 }
 
@@ -112,10 +114,11 @@ impl<E: Environment> Qcow2<E> {
     /// As for [`open`](Self::open).
     pub async fn open_with_header(file: E::File, mut header: Header, options: OpenOptions<E>) -> Result<Self, OpenError> {
         admit(&header, &options)?;
-        let keeper = options.keeper.clone();
+        let (keeper, keep_later) = (options.keeper.clone(), options.keep_later);
         if options.writable && header.is_dirty() {
-            let repaired = repair_dirty(&file, &mut header).await.inspect_err(|_| {
-                // What it has written already will look as if it had been there before.
+            // What can be seen and is lost looks right, and must be written like the rest.
+            let had_failed = keeper.as_ref().is_some_and(|keeper| keeper.failure(Incarnation::of(&file)).is_some());
+            let repaired = repair_dirty(&file, &mut header, had_failed).await.inspect_err(|_| {
                 if let Some(keeper) = &keeper {
                     keeper.note_failure(Incarnation::of(&file));
                 }
@@ -131,7 +134,7 @@ impl<E: Environment> Qcow2<E> {
             inner.remember_failures(keeper);
         }
         if inner.phase.get() == Phase::Writing {
-            inner.prepare_writing(keeper).await?;
+            inner.prepare_writing(keeper.filter(|_| !keep_later)).await?;
         }
         Ok(Self::from_inner(inner))
     }
@@ -187,7 +190,7 @@ impl<E: Environment> Inner<E> {
         self.data_limit.store(used_end.max(file_clusters), Ordering::Release);
         self.opened_clusters = file_clusters;
         *self.writes_at_once.get_mut() = keeper.is_some() && !header.has_feature_bits();
-        self.make_metadata_sound().await?;
+        self.rewrite_metadata().await?;
         let keeper = keeper.filter(|_| header.has_feature_bits());
         if let Some(keeper) = &keeper {
             self.restore_left(&**keeper, header.kept_number()).await?;
@@ -203,6 +206,7 @@ impl<E: Environment> Inner<E> {
             None => Ok(()),
         })
         .await?;
+        self.note_rewritten();
         Ok(())
     }
 

@@ -20,7 +20,8 @@
 //!
 //! If a round of write-backs has failed since the machine was started (`rounds.rs`), whoever opens the image next may read metadata that no flush
 //! will ever cover, because the kernel counts what it could not write as written. All of it is written again before anything is built on it
-//! (`Inner::make_metadata_sound`).
+//! (`Inner::rewrite_metadata`), and so is the data to which the copies lead (`restore`): an entry that is durable must not lead to data that is not,
+//! least of all where the data was copied from what had been durable for long.
 //!
 //! Who changes an entry holds a [`Ticket`], got before anything else is locked, so that there is a slot when it is needed.
 
@@ -28,10 +29,12 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use futures_util::future::join_all;
+
 use crate::error::{LayerError, Structure};
 use crate::runtime::WaitQueue;
 use crate::storage::Environment;
-use crate::storage::kept::{KeptMemory, MemoryKeeper};
+use crate::storage::kept::{Failure, KeptMemory, MemoryKeeper};
 use crate::storage::{FileIdentity, Storage, StorageExt};
 use crate::units::HostOffset;
 
@@ -54,6 +57,8 @@ const REDO_WORDS: usize = 3;
 pub(super) const KEPT_SHIFT: u32 = 32;
 /// Bytes of slices for which there is room.
 const CAPACITY_BYTES: usize = 8 << 20;
+/// Clusters that are read and written once more at a time: they may have 2 MiB each.
+const REWRITTEN_AT_ONCE: usize = 8;
 
 /// The copies of one image that is written to.
 #[derive(Debug)]
@@ -215,15 +220,17 @@ impl<E: Environment> Qcow2<E> {
         inner.remember_failures(keeper);
         let has_feature_bits = inner.header().has_feature_bits();
         inner.writes_at_once.store(!has_feature_bits, Ordering::Release);
-        if !has_feature_bits && !inner.rounds.had_failed() {
+        if !has_feature_bits && !inner.has_lost() {
             return Ok(());
         }
         inner
             .write_back_and(async |inner: &Inner<E>| {
-                inner.make_metadata_sound().await?;
+                inner.rewrite_metadata().await?;
                 if has_feature_bits { inner.begin_keeping(keeper).await } else { Ok(()) }
             })
-            .await
+            .await?;
+        inner.note_rewritten();
+        Ok(())
     }
 
     /// Ends when nothing that was written before the call can be lost with the process.
@@ -289,25 +296,43 @@ impl<E: Environment> Inner<E> {
         }
     }
 
-    /// Writes the metadata once more, as it reads, and makes it durable, if a flush had failed before the image was opened: all that may be lost was
-    /// written after the last flush that had not, in one step of a round, so the order does not matter. Only while the file has everything, and
-    /// before the first request.
-    pub(super) async fn make_metadata_sound(&self) -> Result<(), LayerError> {
-        if !self.rounds.had_failed() {
+    /// Whether a flush had failed before the image was opened, and what it may have lost has not been written since.
+    fn has_lost(&self) -> bool {
+        self.rounds.present_failure().is_some_and(|failure| !failure.rewritten)
+    }
+
+    /// Writes the metadata once more, as it reads, and makes it durable, if a failed flush may have lost some: all that may be lost was written after
+    /// the last flush that had not failed, in one step of a round, so the order does not matter. Only while the file has everything, and before the
+    /// first request.
+    pub(super) async fn rewrite_metadata(&self) -> Result<(), LayerError> {
+        if !self.has_lost() {
             return Ok(());
         }
-        let geometry = &self.format.geometry;
-        let runs = self.metadata().found().to_vec();
-        let mut clusters = 0;
-        for cluster in runs.into_iter().flatten() {
-            let at = geometry.host_offset(HostCluster(cluster));
-            let read = self.file.read_bytes(at, geometry.cluster_len()).await;
-            let bytes = read.map_err(|error| LayerError::io("read", Structure::File, at, error))?;
-            self.write_all(vec![(at, bytes)], Structure::File).await?;
-            clusters += 1;
-        }
+        let clusters: Vec<_> = self.metadata().found().to_vec().into_iter().flatten().collect();
+        self.rewrite(&clusters).await?;
         self.flush_device().await?;
+        let clusters = clusters.len();
         tracing::warn!(event = "metadata_rewritten", clusters, "a flush of the image had failed before it was opened");
+        Ok(())
+    }
+
+    /// Everything that a failed flush may have lost of the image's own is durable.
+    pub(super) fn note_rewritten(&self) {
+        self.rounds.add_to_failure(Failure { told: false, rewritten: true });
+    }
+
+    /// Writes clusters as they read, some at a time.
+    async fn rewrite(&self, clusters: &[u64]) -> Result<(), LayerError> {
+        let geometry = &self.format.geometry;
+        for some in clusters.chunks(REWRITTEN_AT_ONCE) {
+            let reads = some.iter().map(async |&cluster| {
+                let at = geometry.host_offset(HostCluster(cluster));
+                let read = self.file.read_bytes(at, geometry.cluster_len()).await;
+                read.map(|bytes| (at, bytes)).map_err(|error| LayerError::io("read", Structure::File, at, error))
+            });
+            let writes = join_all(reads).await.into_iter().collect::<Result<Vec<_>, _>>()?;
+            self.write_all(writes, Structure::File).await?;
+        }
         Ok(())
     }
 
@@ -356,6 +381,7 @@ impl<E: Environment> Inner<E> {
             slices.push((key, state));
         }
         self.count_left(clusters).await?;
+        let mut places = BTreeSet::new();
         for (key, left) in slices {
             let slice = self.slice_for_writing(key).await?;
             let mut gone = Vec::new();
@@ -368,12 +394,17 @@ impl<E: Environment> Inner<E> {
                         continue;
                     }
                     self.change(&slice, &mut state, index, new, &mut Ticket::default());
+                    places.extend(new.host.map(|host| geometry.host_cluster(host).0));
                     if !matches!(old, Entry::Standard(old) if old.host == new.host) {
                         gone.push(old);
                     }
                 }
             }
             gone.into_iter().for_each(|entry| self.unmap_entry(entry));
+        }
+        if self.has_lost() {
+            // Durable before the entries are, as all data.
+            self.rewrite(&places.into_iter().collect::<Vec<_>>()).await?;
         }
         self.write_back().await
     }

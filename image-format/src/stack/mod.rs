@@ -17,8 +17,9 @@ mod retire_tests;
 mod settle;
 mod write;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
@@ -38,6 +39,9 @@ use settle::Settling;
 /// The number of layers that a stack can have: layers are numbered in 16 bits.
 pub const MAX_LAYERS: usize = 65_535;
 
+/// How long after the answer that a flush has failed the guest certainly has it.
+const TOLD_AFTER: Duration = Duration::from_millis(100);
+
 /// Memory for the chain map of one stack unless set otherwise, in bytes.
 pub const DEFAULT_MAP_BUDGET: usize = 128 << 20;
 
@@ -55,6 +59,10 @@ pub struct Stack<E: Environment> {
     unfrozen_from: AtomicUsize,
     /// Whether the layers are durable that lay beneath at opening.
     settling: Settling,
+    /// A flush failed before the stack was opened, and the guest may not know.
+    untold: AtomicBool,
+    /// When the guest was first answered that a flush has failed, none having succeeded since.
+    first_told: Mutex<Option<Duration>>,
     /// Excludes two changes of the present view from one another.
     publishing: Mutex<()>,
 }
@@ -93,6 +101,7 @@ impl<E: Environment> Stack<E> {
         let virtual_size = layers[layers.len() - 1].virtual_size();
         let retirements = Retirements::default();
         let never_written = layers.len() - usize::from(!read_only);
+        let untold = layers.iter().any(|layer| layer.earlier_failure().is_some_and(|failure| !failure.told));
         let map = Arc::new(ChainMap::new(virtual_size, grain(&layers), map_budget));
         Arc::new_cyclic(|stack| {
             let retirement = retirements.add(layers.len() - 1);
@@ -109,6 +118,8 @@ impl<E: Environment> Stack<E> {
                 retirements,
                 unfrozen_from: AtomicUsize::new(never_written),
                 settling: Settling::new(never_written),
+                untold: AtomicBool::new(untold),
+                first_told: Mutex::default(),
                 publishing: Mutex::new(()),
             }
         })
@@ -186,7 +197,7 @@ impl<E: Environment> Stack<E> {
             // Requests of the views above may still be reading where the map pointed before the last changes of this layer.
             self.freeze_layer(&layers, number, self.grace_period()).await?;
         }
-        match lowest_doubtful(&layers[..=number]) {
+        match lowest_doubtful(&layers[..=number], self.settling.layers()) {
             Some(layer) => Err(LayerError::Doubtful { layer }),
             None => Ok(()),
         }
@@ -232,10 +243,30 @@ impl<E: Environment> Stack<E> {
         self.view().layers.iter().skip(unfrozen_from).find_map(|layer| layer.admit_write().err().filter(LayerError::is_failure))
     }
 
-    /// The lowest layer of which a flush had failed before it was opened ([`Layer::had_failed`]). Nothing that lies on it can be called durable, so no
-    /// snapshot of it can be complete; requests and flushes know nothing of it, because the guest was told when that flush failed.
+    /// The lowest layer of which a flush had failed before it was opened ([`Layer::earlier_failure`]). Nothing that lies on it can be called durable, so
+    /// no snapshot of it can be complete. Requests know nothing of it, and nor do flushes once the guest has been told.
     pub fn doubtful_layer(&self) -> Option<usize> {
-        lowest_doubtful(self.view().layers())
+        lowest_doubtful(self.view().layers(), self.settling.layers())
+    }
+
+    /// What a guest is answered whose flush, begun at `began`, came to `flushed`. If a flush had failed before the stack was opened and the guest may
+    /// not know, because the failure was met by something else or the process was killed before the answer, its flushes fail for a while: what they
+    /// would stand for may be lost. That the guest knows is remembered once it has begun one after the first such answer.
+    fn tell(&self, began: Duration, flushed: Result<(), LayerError>) -> Result<(), LayerError> {
+        let untold = self.untold.load(Ordering::Acquire);
+        let mut first_told = self.first_told.lock().unwrap_or_else(PoisonError::into_inner);
+        if flushed.is_ok() && !untold {
+            *first_told = None;
+            return Ok(());
+        }
+        let first_told = *first_told.get_or_insert_with(|| self.environment.now());
+        if began.saturating_sub(first_told) < TOLD_AFTER {
+            let layer = self.doubtful_layer().unwrap_or_default();
+            return flushed.and(if untold { Err(LayerError::Doubtful { layer }) } else { Ok(()) });
+        }
+        self.view().layers().iter().for_each(|layer| layer.note_told());
+        self.untold.store(false, Ordering::Release);
+        flushed
     }
 
     /// Publishes an equal view in the place of the present one, and ends when no request uses any view from before: a grace period, after which
@@ -261,8 +292,13 @@ impl<E: Environment> Stack<E> {
     }
 }
 
-fn lowest_doubtful<E: Environment>(layers: &[Arc<Layer<E>>]) -> Option<usize> {
-    layers.iter().position(|layer| layer.had_failed())
+/// `never_written`: so many of the layers have not been written to by this process, which does not hear of all that others meet there.
+fn lowest_doubtful<E: Environment>(layers: &[Arc<Layer<E>>], never_written: usize) -> Option<usize> {
+    let is_doubtful = |(number, layer): (usize, &Arc<Layer<E>>)| {
+        let failure = if number < never_written { layer.present_failure() } else { layer.earlier_failure() };
+        failure.is_some()
+    };
+    layers.iter().enumerate().position(is_doubtful)
 }
 
 impl<E: Environment> View<E> {
@@ -314,6 +350,12 @@ impl<E: Environment> View<E> {
     /// If a layer cannot be made durable.
     pub async fn flush(self: &Arc<Self>) -> Result<(), LayerError> {
         let Some(stack) = self.stack() else { return Ok(()) };
+        let began = stack.environment.now();
+        let flushed = self.flush_layers(&stack).await;
+        stack.tell(began, flushed)
+    }
+
+    async fn flush_layers(&self, stack: &Arc<Stack<E>>) -> Result<(), LayerError> {
         stack.settle().await?;
         let first = stack.unfrozen_from.load(Ordering::Acquire);
         for layer in self.layers.iter().skip(first) {
@@ -322,8 +364,8 @@ impl<E: Environment> View<E> {
         let top = Arc::clone(self.top());
         let unmapped = top.take_unmapped();
         if !unmapped.is_empty() {
-            let environment = stack.environment.clone();
-            environment.spawn(async move {
+            let stack = Arc::clone(stack);
+            stack.environment.clone().spawn(async move {
                 stack.grace_period().await;
                 if let Err(error) = top.release(unmapped).await {
                     tracing::warn!(event = "release_failed", cause = %error, "freed clusters stay allocated until the image is checked");

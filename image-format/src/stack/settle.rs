@@ -42,6 +42,11 @@ impl Settling {
     pub(super) fn new(layers: usize) -> Self {
         Self { layers, outcome: OnceLock::new(), busy: AtomicBool::new(false), changed: WaitQueue::new() }
     }
+
+    /// How many layers lay beneath at opening, or all if nothing is written.
+    pub(super) fn layers(&self) -> usize {
+        self.layers
+    }
 }
 
 impl Drop for Turn<'_> {
@@ -73,7 +78,8 @@ impl<E: Environment> Stack<E> {
         // The view is let go of: it may have to retire meanwhile.
         let layers: Vec<_> = self.view().layers()[..settling.layers].to_vec();
         let began = self.environment.now();
-        let flushes = stream::iter(layers).map(|layer| async move { flush_files(&layer).await }).buffer_unordered(AT_ONCE);
+        let flushes = stream::iter(layers).enumerate().map(|(number, layer)| async move { flush_files(number, &layer).await });
+        let flushes = flushes.buffer_unordered(AT_ONCE);
         let outcome = flushes.fold(Ok(()), async |outcome: Result<(), LayerError>, flushed| outcome.and(flushed)).await;
         let took_us = self.environment.now().saturating_sub(began).as_micros();
         tracing::debug!(
@@ -93,18 +99,34 @@ impl<E: Environment> Stack<E> {
 }
 
 /// Makes the files of a layer durable to which nobody writes.
-async fn flush_files<E: Environment>(layer: &Arc<Layer<E>>) -> Result<(), LayerError> {
-    let both = async {
-        flush_file(layer.file()).await?;
-        if layer.data_file().identity() == layer.file().identity() { Ok(()) } else { flush_file(layer.data_file()).await }
-    };
-    both.await.inspect_err(|_| layer.note_failure())
+async fn flush_files<E: Environment>(number: usize, layer: &Arc<Layer<E>>) -> Result<(), LayerError> {
+    /// Whoever gives up does not see whether the flush fails, and who comes next sees it succeed.
+    struct Watch<'a, E: Environment>(Option<&'a Layer<E>>);
+    impl<E: Environment> Drop for Watch<'_, E> {
+        fn drop(&mut self) {
+            if let Some(layer) = self.0 {
+                layer.note_failure();
+            }
+        }
+    }
+    let mut watch = Watch(Some(layer));
+    flush_file(layer.file()).await?;
+    if layer.data_file().identity() != layer.file().identity() {
+        flush_file(layer.data_file()).await?;
+    }
+    watch.0 = None;
+    // Another stack over the same file may have been the one that was told.
+    if layer.earlier_failure().is_none() && layer.present_failure().is_some() {
+        Err(LayerError::Doubtful { layer: number })
+    } else {
+        Ok(())
+    }
 }
 
 async fn flush_file(file: &impl Storage) -> Result<(), LayerError> {
     match file.flush().await {
-        // File systems that never write anything know no flush (squashfs, ISO 9660).
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EROFS)) => Ok(()),
+        // File systems that never write anything know no flush (squashfs, ISO 9660). EROFS is what ext4 says that has given up after an error.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL)) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
         result => result.map_err(|error| LayerError::io("flush", Structure::File, HostOffset::ZERO, error)),
     }
@@ -118,7 +140,7 @@ mod tests {
     use crate::qcow2::{CreateOptions, OpenOptions, Qcow2};
     use crate::raw::Raw;
     use crate::stack::FenceDomain;
-    use crate::storage::kept::{Incarnation, MemoryKeeper, TestKeeper};
+    use crate::storage::kept::{Failure, Incarnation, MemoryKeeper, TestKeeper};
     use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
     use crate::storage::{Access, CacheMode, Location};
 
@@ -128,7 +150,7 @@ mod tests {
         let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
         let disk = SimulatedEnvironment::new(2);
         disk.put("/base", &[7; 65_536]);
-        for had_failed in [false, true] {
+        for failure in [None, Some(Failure::default())] {
             let (environment, keeper) = (disk.clone(), Arc::clone(&keeper));
             Simulation::on(disk.clone()).block_on(async move {
                 let open = async |access| {
@@ -140,8 +162,8 @@ mod tests {
                 };
                 let domain = FenceDomain::new(|| std::time::Duration::ZERO);
                 let stack = Stack::new(environment.clone(), &domain, vec![open(Access::Read).await], true);
-                assert_eq!(stack.doubtful_layer(), had_failed.then_some(0));
-                if had_failed {
+                assert_eq!(stack.doubtful_layer(), failure.map(|_| 0));
+                if failure.is_some() {
                     stack.settle().await.expect("now it can be flushed");
                     return;
                 }

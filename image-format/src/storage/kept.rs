@@ -38,6 +38,15 @@ impl Incarnation {
     }
 }
 
+/// What is known of a file since a flush of it failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Failure {
+    /// Those who write to it know: a flush of theirs has ended with an error.
+    pub told: bool,
+    /// All metadata in it has been written once more, and is durable.
+    pub rewritten: bool,
+}
+
 /// Words that keep their values when the process ends, whatever ends it. One process uses them at a time.
 pub trait KeptMemory: Debug + Send + Sync {
     /// The words.
@@ -62,11 +71,14 @@ pub trait MemoryKeeper: Debug + Send + Sync {
     /// The owner needs none but this, or none at all if it is zero. Whoever holds memory can go on using it.
     fn retain(&self, owner: FileIdentity, number: u32);
 
-    /// Notes that a flush of `file` has failed. Cannot fail itself, and does not block.
+    /// Notes that a flush of `file` has failed, which nobody knows yet. Cannot fail itself, and does not block.
     fn note_failure(&self, file: Incarnation);
 
-    /// Whether that has been noted since the machine was started. If too much was noted to tell files apart, it is of all.
-    fn has_failed(&self, file: Incarnation) -> bool;
+    /// The failure that was noted since the machine was started. If too much was noted to tell files apart, all have failed.
+    fn failure(&self, file: Incarnation) -> Option<Failure>;
+
+    /// Adds what has come to be known of a failure, if one was noted.
+    fn add_to_failure(&self, file: Incarnation, news: Failure);
 }
 
 /// A keeper for tests: what it keeps outlives whatever the test takes for a process.
@@ -81,7 +93,7 @@ pub struct TestKeeper {
 struct Kept {
     last_number: u32,
     memory: HashMap<u32, (FileIdentity, Arc<Words>)>,
-    failed: Vec<Incarnation>,
+    failed: Vec<(Incarnation, Failure)>,
 }
 
 #[derive(Debug)]
@@ -138,11 +150,20 @@ impl MemoryKeeper for TestKeeper {
     fn note_failure(&self, file: Incarnation) {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         if !process.as_ref().is_some_and(SimulatedEnvironment::is_stopped) {
-            self.kept().failed.push(file);
+            let mut kept = self.kept();
+            kept.failed.retain(|(failed, _)| !failed.may_be(file));
+            kept.failed.push((file, Failure::default()));
         }
     }
 
-    fn has_failed(&self, file: Incarnation) -> bool {
-        self.kept().failed.iter().any(|failed| failed.may_be(file))
+    fn failure(&self, file: Incarnation) -> Option<Failure> {
+        self.kept().failed.iter().find(|(failed, _)| failed.may_be(file)).map(|(_, failure)| *failure)
+    }
+
+    fn add_to_failure(&self, file: Incarnation, news: Failure) {
+        if let Some((_, failure)) = self.kept().failed.iter_mut().find(|(failed, _)| failed.may_be(file)) {
+            failure.told |= news.told;
+            failure.rewritten |= news.rewritten;
+        }
     }
 }

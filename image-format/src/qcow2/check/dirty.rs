@@ -19,8 +19,8 @@ use super::walk::Walk;
 use super::{CheckError, CheckOptions};
 
 /// Makes the refcounts of a dirty image right and clears the bit, durably. If something else is wrong with the image, nothing is changed and
-/// the first fault is returned.
-pub(in crate::qcow2) async fn repair_dirty<S: Storage>(file: &S, header: &mut Header) -> Result<Option<Fault>, CheckError> {
+/// the first fault is returned. With `all` what looks right is written as well: a flush that failed may have lost it.
+pub(in crate::qcow2) async fn repair_dirty<S: Storage>(file: &S, header: &mut Header, all: bool) -> Result<Option<Fault>, CheckError> {
     let mut walk = Walk::new(file, header, &CheckOptions { max_findings: 1, ..CheckOptions::default() }).await?;
     walk.count_all().await?;
     if let Some(finding) = walk.take_report().findings.pop() {
@@ -29,7 +29,7 @@ pub(in crate::qcow2) async fn repair_dirty<S: Storage>(file: &S, header: &mut He
     if let Some(fault) = irreparable(&walk) {
         return Ok(Some(fault));
     }
-    correct_refcounts(&walk, Direction::Both).await?;
+    correct_refcounts(&walk, Direction::Both, all).await?;
     drop(walk);
     clear_dirty(file, header).await?;
     Ok(None)

@@ -134,7 +134,7 @@ pub async fn check<S: Storage>(file: &S, options: &CheckOptions) -> Result<Check
     let leaks_fixed = report.leaks;
     let mut unkept = header.clone();
     repair::clear_kept(file, &mut unkept).await?;
-    repair::correct_refcounts(&walk, repair::Direction::Down).await?;
+    repair::correct_refcounts(&walk, repair::Direction::Down, false).await?;
     drop(walk);
     header = unkept;
     let (mut report, _) = check_once(file, &header, options).await?;

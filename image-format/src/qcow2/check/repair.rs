@@ -29,8 +29,8 @@ pub(super) enum Direction {
     Both,
 }
 
-/// Sets refcounts to the number of references. Nothing else is wrong with the image.
-pub(super) async fn correct_refcounts<S: Storage>(walk: &Walk<'_, S>, direction: Direction) -> Result<(), CheckError> {
+/// Sets refcounts to the number of references. Nothing else is wrong with the image. With `all` blocks and tables are written that are right already.
+pub(super) async fn correct_refcounts<S: Storage>(walk: &Walk<'_, S>, direction: Direction, all: bool) -> Result<(), CheckError> {
     let geometry = &walk.geometry;
     let clusters = geometry.clusters(walk.file_len).max(walk.census.end());
     let bits = geometry.refcount_bits();
@@ -40,7 +40,7 @@ pub(super) async fn correct_refcounts<S: Storage>(walk: &Walk<'_, S>, direction:
             continue;
         }
         let mut block = walk.read_block(at).await?;
-        let mut changed = false;
+        let mut changed = all;
         for cluster in covered {
             let entry = geometry.locate_refcount(HostCluster(cluster)).1;
             let references = walk.census.get(cluster).references;
@@ -55,12 +55,12 @@ pub(super) async fn correct_refcounts<S: Storage>(walk: &Walk<'_, S>, direction:
         }
     }
     flush(walk.file).await?;
-    mark_single(walk).await?;
+    mark_single(walk, all).await?;
     flush(walk.file).await
 }
 
 /// Marks the entries of the active disk that have become the only reference to their cluster.
-async fn mark_single<S: Storage>(walk: &Walk<'_, S>) -> Result<(), CheckError> {
+async fn mark_single<S: Storage>(walk: &Walk<'_, S>, all: bool) -> Result<(), CheckError> {
     let is_single = |word: u64| {
         let at = HostOffset::new(word & OFFSET_MASK);
         let is_data = word & (COPIED | COMPRESSED) == 0 && at != HostOffset::ZERO;
@@ -74,7 +74,7 @@ async fn mark_single<S: Storage>(walk: &Walk<'_, S>) -> Result<(), CheckError> {
     let l2 = l2.filter(|_| !walk.header.has_data_file());
     for (at, len, step, what) in std::iter::once(l1).chain(l2) {
         let mut words = walk.read_words(at, len, what).await?;
-        let mut changed = false;
+        let mut changed = all;
         for word in words.iter_mut().step_by(step).filter(|word| is_single(**word)) {
             *word |= COPIED;
             changed = true;
