@@ -489,7 +489,7 @@ mod tests {
     use crate::layer::Reservation;
     use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image, write};
     use crate::qcow2::{CheckOptions, CreateOptions, OpenOptions, check};
-    use crate::storage::simulated::SimulatedEnvironment;
+    use crate::storage::simulated::{Fault, FaultEffect, OperationKind, SimulatedEnvironment};
     use crate::storage::{Access, CacheMode, Location};
     use crate::units::{GuestOffset, GuestRange};
 
@@ -669,6 +669,73 @@ mod tests {
             }
             assert!(image.inner.allocate().await.expect("space").reads_zero);
         });
+    }
+
+    /// Takes clusters until there are no more.
+    async fn take_all(image: &SimulatedImage) -> Vec<u64> {
+        let mut taken = Vec::new();
+        while let Ok(fresh) = image.inner.allocate().await {
+            taken.push(image.geometry().host_cluster(fresh.host).0);
+        }
+        taken
+    }
+
+    #[test]
+    fn a_full_disk_is_filled_to_its_last_cluster() {
+        with_image(15, small_clusters(12), async |disk, image| {
+            let end = image.inner.allocator().end;
+            disk.set_space_limit(Some(disk.allocated(SIMULATED_IMAGE).expect("there") + 13 * 4096));
+            assert_eq!(take_all(&image).await, (end..end + 13).collect::<Vec<_>>());
+        });
+    }
+
+    #[test]
+    fn a_medium_that_cannot_grow_is_used_to_its_end() {
+        with_image(16, small_clusters(12), async |disk, image| {
+            drop(image);
+            let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+            disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there").set_len(40 * 4096).await.expect("sound");
+            disk.inject(Fault::lasting(OperationKind::SetLen, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
+            let image = open(&disk).await;
+            let end = image.inner.allocator().end;
+            assert!(end < 20);
+            assert_eq!(take_all(&image).await, (end..40).collect::<Vec<_>>());
+            assert!(image.inner.allocate().await.is_err_and(|error| error.is_no_space()));
+        });
+    }
+
+    #[test]
+    fn space_is_asked_for_in_ever_larger_parts() {
+        with_image(17, small_clusters(12), async |_, image| {
+            for batch in [2048, 4096, 8192, 8192] {
+                assert_eq!(image.inner.allocator().batch_clusters(), batch);
+                image.inner.allocate().await.expect("space");
+                assert_eq!(image.inner.allocator().ready_clusters, batch - 1);
+                image.inner.allocator().clear_ready();
+            }
+        });
+    }
+
+    #[test]
+    fn the_file_covers_what_is_allocated_even_if_space_is_not_promised() {
+        for slowly in [true, false] {
+            with_image(18, small_clusters(12), async move |disk, image| {
+                disk.set_slow_allocation(slowly);
+                if !slowly {
+                    disk.inject(Fault::lasting(OperationKind::Allocate, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
+                }
+                let space = || disk.allocated(SIMULATED_IMAGE).expect("there");
+                let before = space();
+                image.inner.allocate().await.expect("space");
+                let covered = image.inner.allocator().end * 4096;
+                assert_eq!(image.inner.file.length().await.expect("sound"), covered);
+                assert!(space() <= before + 4096, "no more than a refcount block");
+                let before = space();
+                image.inner.allocate_metadata().await.expect("space");
+                assert_eq!(space() - before, if slowly { 4096 } else { 0 }, "metadata has its space at once, where that can be had");
+                assert_eq!(image.inner.file.length().await.expect("sound"), covered);
+            });
+        }
     }
 
     #[test]

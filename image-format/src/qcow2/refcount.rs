@@ -349,8 +349,8 @@ mod tests {
             }
         }
         let mut block = vec![0; 512];
-        write_refcount(&mut block, 1, 1, 1);
-        write_refcount(&mut block, 1, 16, 0x1234);
+        assert_eq!(write_refcount(&mut block, 1, 1, 1), 0..1);
+        assert_eq!(write_refcount(&mut block, 1, 16, 0x1234), 2..4);
         assert_eq!(block[..4], [2, 0, 0x12, 0x34]);
     }
 
@@ -385,10 +385,34 @@ mod tests {
         for cluster in end..first.0 {
             assert_eq!(refcounts.get(HostCluster(cluster)), Some(1));
         }
+        assert_eq!(refcounts.table.len() as u64, plan.table_clusters * 64);
         let writes = refcounts.take_writes();
         assert_eq!(writes.moved_to.map(|(at, _)| at.get()), Some(end * 512));
         assert_eq!(writes.retired, vec![HostCluster(1)]);
         assert!(writes.entries.is_empty());
+    }
+
+    #[test]
+    fn only_sectors_are_written_in_which_something_has_changed() {
+        // 64 entries in a sector of the table, 512 refcounts of 16 bits in a block of two sectors.
+        let mut refcounts = empty(10, 4, 256);
+        let end = 130 * 512;
+        let plan = refcounts.plan_append(end, 10).expect("fits");
+        refcounts.append(end, plan);
+        let writes = refcounts.take_writes();
+        assert_eq!(writes.blocks.iter().map(|(at, bytes)| (at.get(), bytes.len())).collect::<Vec<_>>(), [(end * 1024, 1024)]);
+        let [(at, sector)] = &writes.entries[..] else { panic!("one entry is new") };
+        assert_eq!((at.get(), sector.len()), (1024 + 2 * 512, 512));
+        assert_eq!(sector[16..24], (end * 1024).to_be_bytes(), "entry 130 is the third of its sector");
+        for (cluster, from, len) in [(300, 512, 512), (255, 0, 512), (256, 512, 512)] {
+            refcounts.set(HostCluster(end + cluster), 1);
+            let writes = refcounts.take_writes();
+            let [(at, bytes)] = &writes.blocks[..] else { panic!("one block has changed") };
+            assert_eq!((at.get(), bytes.len()), (end * 1024 + from, len), "cluster {cluster} of the block");
+        }
+        refcounts.set(HostCluster(end + 300), 2);
+        refcounts.set(HostCluster(end + 20), 2);
+        assert_eq!(refcounts.take_writes().blocks[0].1.len(), 1024, "from the first that has changed to the last");
     }
 
     #[test]
