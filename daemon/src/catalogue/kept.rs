@@ -5,10 +5,10 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Write as _};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
@@ -25,6 +25,8 @@ const FAILURES: &str = "failures";
 pub struct FileKeeper {
     directory: PathBuf,
     failures: Failures,
+    /// The process ends: tasks that are dropped now say nothing about files.
+    ended: AtomicBool,
 }
 
 /// Files of which a flush has failed: as many as there are entries, and if they are more, all files.
@@ -46,7 +48,8 @@ const IN_USE: u64 = 1;
 const TOLD: u64 = 2;
 const REWRITTEN: u64 = 4;
 const ENTRY_WORDS: usize = 4;
-const MOST_FAILURES: usize = 1024;
+/// As many as the deepest chain has files.
+const MOST_FAILURES: usize = 65_536;
 
 impl Failures {
     fn entries(&self) -> impl Iterator<Item = &[AtomicU64]> {
@@ -55,6 +58,10 @@ impl Failures {
 
     fn in_use(&self) -> impl Iterator<Item = &[AtomicU64]> {
         self.entries().take_while(|entry| entry[0].load(Ordering::Acquire) != 0)
+    }
+
+    fn is_full(&self) -> bool {
+        self.entries().last().is_some_and(|entry| entry[0].load(Ordering::Acquire) != 0)
     }
 
     fn find(&self, file: Incarnation) -> Option<&AtomicU64> {
@@ -67,7 +74,7 @@ impl Failures {
 
     fn known(&self, file: Incarnation) -> Option<Failure> {
         let known = self.find(file).map(|known| known.load(Ordering::Relaxed));
-        let known = known.or_else(|| (self.in_use().count() == MOST_FAILURES).then_some(IN_USE))?;
+        let known = known.or_else(|| self.is_full().then_some(IN_USE))?;
         Some(Failure { told: known & TOLD != 0, rewritten: known & REWRITTEN != 0 })
     }
 
@@ -114,6 +121,10 @@ impl FileKeeper {
     /// # Errors
     /// If the directory cannot be used.
     pub fn new(directory: &Path) -> io::Result<Self> {
+        Self::with_room(directory, MOST_FAILURES)
+    }
+
+    fn with_room(directory: &Path, failures: usize) -> io::Result<Self> {
         let boot = std::fs::read_to_string(BOOT_ID)?;
         let present = directory.join(boot.trim());
         DirBuilder::new().recursive(true).mode(0o700).create(&present)?;
@@ -124,8 +135,15 @@ impl FileKeeper {
             }
         }
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(present.join(FAILURES))?;
-        let memory = Self::map_whole(file, MOST_FAILURES * ENTRY_WORDS * size_of::<u64>())?;
-        Ok(Self { directory: present, failures: Failures { memory, adding: Mutex::default() } })
+        let memory = Self::map_whole(file, failures * ENTRY_WORDS * size_of::<u64>())?;
+        let failures = Failures { memory, adding: Mutex::default() };
+        Ok(Self { directory: present, failures, ended: AtomicBool::new(false) })
+    }
+
+    /// The process is about to end. What is still under way is dropped without anybody knowing how it ends, as if the process had been killed: that is
+    /// not noted as a failure.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
     }
 
     fn name(owner: FileIdentity, number: u32) -> String {
@@ -148,8 +166,11 @@ impl FileKeeper {
     fn map_whole(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64) {
             // Written, it has its space as well. What is there already stays.
-            Err(rustix::io::Errno::OPNOTSUPP) if file.metadata()?.len() == 0 => (&file).write_all(&vec![0; bytes])?,
-            Err(rustix::io::Errno::OPNOTSUPP) if file.metadata()?.len() == bytes as u64 => {}
+            Err(rustix::io::Errno::OPNOTSUPP) => {
+                let there = (&file).seek(SeekFrom::End(0))?;
+                let missing = usize::try_from((bytes as u64).saturating_sub(there)).map_err(io::Error::other)?;
+                (&file).write_all(&vec![0; missing])?;
+            }
             other => other?,
         }
         Self::map(file, bytes)
@@ -204,7 +225,9 @@ impl MemoryKeeper for FileKeeper {
     }
 
     fn note_failure(&self, file: Incarnation) {
-        self.failures.note(file);
+        if !self.ended.load(Ordering::Acquire) {
+            self.failures.note(file);
+        }
     }
 
     fn failure(&self, file: Incarnation) -> Option<Failure> {
@@ -228,7 +251,7 @@ mod tests {
     #[test]
     fn failures_are_known_to_those_who_come_after() {
         let directory = tempfile::tempdir().expect("a directory");
-        let keeper = FileKeeper::new(directory.path()).expect("a keeper");
+        let keeper = FileKeeper::with_room(directory.path(), 8).expect("a keeper");
         let file = |inode, born| Incarnation { file: FileIdentity { device: 0x10, inode }, born };
         let has_failed = |keeper: &FileKeeper, file| keeper.failure(file).is_some();
         assert!(!has_failed(&keeper, file(0, 0)), "nothing has");
@@ -237,8 +260,10 @@ mod tests {
             keeper.note_failure(file(7, 5));
         }
         keeper.note_failure(file(8, 0));
+        keeper.end();
+        keeper.note_failure(file(9, 5));
         drop(keeper);
-        let keeper = FileKeeper::new(directory.path()).expect("a keeper");
+        let keeper = FileKeeper::with_room(directory.path(), 8).expect("a keeper");
         for (inode, born, failed) in [(7, 5, true), (7, 6, false), (7, 0, true), (8, 6, true), (9, 5, false)] {
             assert_eq!(keeper.failure(file(inode, born)), failed.then(Failure::default), "{inode} of {born}");
         }
@@ -251,7 +276,7 @@ mod tests {
         keeper.note_failure(file(7, 5));
         assert_eq!(keeper.failure(file(7, 5)), Some(Failure::default()), "of a new one nobody knows");
         // Two are known, and one more fits.
-        for inode in 100..100 + MOST_FAILURES as u64 - 3 {
+        for inode in 100..105 {
             keeper.note_failure(file(inode, 1));
         }
         assert!(!has_failed(&keeper, file(9, 5)));

@@ -254,6 +254,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             layers.iter().map(|layer| std::sync::Arc::clone(&layer.layer)).collect(),
             read_only,
         );
+        let top_node = TopNode::new(&options.name);
+        let export = self.host.start(&options, &stack, &self.domain, &top_node, &self.events)?;
         let (name, settled) = (options.name.clone(), std::sync::Arc::clone(&stack));
         // Not waited for: the first flush will be, if it comes before.
         self.environment.spawn(async move {
@@ -261,8 +263,6 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 tracing::error!(event = "base_not_durable", device = %name, cause = %error, "flushes of the device fail until it is opened again");
             }
         });
-        let top_node = TopNode::new(&options.name);
-        let export = self.host.start(&options, &stack, &self.domain, &top_node, &self.events)?;
         if let Some(at) = stack.doubtful_layer() {
             tracing::warn!(
                 event = "doubtful_layer", device = %options.name, layer = %layers[at].path.display(),

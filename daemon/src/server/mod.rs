@@ -19,6 +19,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use futures_util::future::join_all;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use snapfence_image_format::storage::kept::MemoryKeeper;
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
 
 use self::inbox::Inbox;
@@ -61,8 +62,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let quit = Arc::clone(&stop);
     let choices = options.state_dir.join("write-through");
     let host = VhostHost::new(threads, options.polling, choices).context("the state directory cannot keep what guests choose")?;
-    let parts =
-        Parts { environment: UringEnvironment, host, catalogue: catalogue.clone(), keeper: Arc::new(keeper), working_directory, places };
+    let keeper = Arc::new(keeper);
+    let kept = Arc::clone(&keeper) as Arc<dyn MemoryKeeper>;
+    let parts = Parts { environment: UringEnvironment, host, catalogue: catalogue.clone(), keeper: kept, working_directory, places };
     let served = reactor.block_on(async move {
         let manager = Manager::new(parts, sink, move || quit.ask("the control socket"));
         let fences = manager.fences();
@@ -79,6 +81,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         drop(manager);
         outcome
     });
+    // What has not ended by now is dropped with the reactor.
+    keeper.end();
     catalogue.close();
     served.context("the control thread's io_uring fails")?
 }

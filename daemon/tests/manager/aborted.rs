@@ -157,7 +157,8 @@ fn examine(
         let (doubtful, sound): (Vec<_>, Vec<_>) = DEVICES.into_iter().partition(is_doubtful);
         for device in &doubtful {
             let view = world.manager.device(device).expect("a device").stack.view();
-            view.flush().await.expect_err("the guest may not know yet");
+            // It fails if the guest may not know yet.
+            let _ = view.flush().await;
         }
         for _ in 0..20 {
             world.pause().await;

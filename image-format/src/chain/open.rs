@@ -293,6 +293,8 @@ async fn walk<E: Environment>(
             if !writable && is_kept {
                 // It was the top of the stack when its process was killed.
                 is_kept = false;
+                // A file server is told in its own time that it is closed, and the lock has to be gone by then.
+                let _ = file.set_sharing(Sharing::None).await;
                 drop(file);
                 restore(environment, &location, options).await.map_err(failed)?;
                 file = open_file(environment, &location, false, options.cache).await.map_err(failed)?;

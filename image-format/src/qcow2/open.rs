@@ -118,8 +118,8 @@ impl<E: Environment> Qcow2<E> {
         if options.writable && header.is_dirty() {
             // What can be seen and is lost looks right, and must be written like the rest.
             let had_failed = keeper.as_ref().is_some_and(|keeper| keeper.failure(Incarnation::of(&file)).is_some());
-            let repaired = repair_dirty(&file, &mut header, had_failed).await.inspect_err(|_| {
-                if let Some(keeper) = &keeper {
+            let repaired = repair_dirty(&file, &mut header, had_failed).await.inspect_err(|error| {
+                if let (Some(keeper), CheckError::Io { action: "flush", .. }) = (&keeper, error) {
                     keeper.note_failure(Incarnation::of(&file));
                 }
             });

@@ -18,7 +18,7 @@ mod settle;
 mod write;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -59,10 +59,12 @@ pub struct Stack<E: Environment> {
     unfrozen_from: AtomicUsize,
     /// Whether the layers are durable that lay beneath at opening.
     settling: Settling,
-    /// A flush failed before the stack was opened, and the guest may not know.
-    untold: AtomicBool,
-    /// When the guest was first answered that a flush has failed, none having succeeded since.
-    first_told: Mutex<Option<Duration>>,
+    /// A flush failed before the stack was opened, and the guest did not know then.
+    untold: bool,
+    /// When the guest was first answered that a flush has failed.
+    first_told: OnceLock<Duration>,
+    /// That it knows will be remembered.
+    telling: AtomicBool,
     /// Excludes two changes of the present view from one another.
     publishing: Mutex<()>,
 }
@@ -118,8 +120,9 @@ impl<E: Environment> Stack<E> {
                 retirements,
                 unfrozen_from: AtomicUsize::new(never_written),
                 settling: Settling::new(never_written),
-                untold: AtomicBool::new(untold),
-                first_told: Mutex::default(),
+                untold,
+                first_told: OnceLock::new(),
+                telling: AtomicBool::new(false),
                 publishing: Mutex::new(()),
             }
         })
@@ -250,23 +253,31 @@ impl<E: Environment> Stack<E> {
     }
 
     /// What a guest is answered whose flush, begun at `began`, came to `flushed`. If a flush had failed before the stack was opened and the guest may
-    /// not know, because the failure was met by something else or the process was killed before the answer, its flushes fail for a while: what they
-    /// would stand for may be lost. That the guest knows is remembered once it has begun one after the first such answer.
-    fn tell(&self, began: Duration, flushed: Result<(), LayerError>) -> Result<(), LayerError> {
-        let untold = self.untold.load(Ordering::Acquire);
-        let mut first_told = self.first_told.lock().unwrap_or_else(PoisonError::into_inner);
-        if flushed.is_ok() && !untold {
-            *first_told = None;
+    /// not know, because the failure was met by something else or the process was killed before the answer, its flushes fail until one begins when it
+    /// certainly knows: what the others would stand for may be lost.
+    fn tell(self: &Arc<Self>, began: Duration, flushed: Result<(), LayerError>) -> Result<(), LayerError> {
+        if flushed.is_ok() && !self.untold {
             return Ok(());
         }
-        let first_told = *first_told.get_or_insert_with(|| self.environment.now());
-        if began.saturating_sub(first_told) < TOLD_AFTER {
-            let layer = self.doubtful_layer().unwrap_or_default();
-            return flushed.and(if untold { Err(LayerError::Doubtful { layer }) } else { Ok(()) });
+        let now = self.environment.now();
+        let first_told = *self.first_told.get_or_init(|| now);
+        let is_lie = self.untold && began.saturating_sub(first_told) < TOLD_AFTER;
+        if flushed.is_ok() && !is_lie {
+            return Ok(());
         }
-        self.view().layers().iter().for_each(|layer| layer.note_told());
-        self.untold.store(false, Ordering::Release);
-        flushed
+        if !self.telling.swap(true, Ordering::AcqRel) {
+            // Who waits for the end of the stack's files does not wait for this.
+            let (stack, environment) = (Arc::downgrade(self), self.environment.clone());
+            self.environment.spawn(async move {
+                environment.sleep_until(now + TOLD_AFTER).await;
+                if let Some(stack) = stack.upgrade() {
+                    stack.telling.store(false, Ordering::Release);
+                    stack.view().layers().iter().for_each(|layer| layer.note_told());
+                }
+            });
+        }
+        let layer = self.doubtful_layer().unwrap_or_default();
+        flushed.and(Err(LayerError::Doubtful { layer }))
     }
 
     /// Publishes an equal view in the place of the present one, and ends when no request uses any view from before: a grace period, after which
