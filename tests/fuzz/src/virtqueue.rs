@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
+use rustix::io::retry_on_intr;
 use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::raw::Raw;
@@ -302,7 +303,8 @@ impl Machine {
     /// Whether the device has said that it goes on no more.
     fn is_broken(&self) -> bool {
         let mut fds = [PollFd::new(&self.alarm.descriptor, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).expect("a poll") > 0
+        // libFuzzer has a timer, whose signals interrupt it.
+        retry_on_intr(|| poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))).expect("a poll") > 0
     }
 
     /// All that was offered comes back, as often as it was offered.
