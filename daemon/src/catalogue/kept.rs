@@ -5,7 +5,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Seek as _, SeekFrom, Write as _};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -40,6 +40,8 @@ pub struct FileKeeper {
 #[derive(Debug)]
 struct Failures {
     memory: Arc<dyn KeptMemory>,
+    /// There is an entry. Mostly there is none, and then nothing of the table is looked at, which would bring it into memory.
+    has_any: AtomicBool,
     /// Whoever adds an entry.
     adding: Mutex<()>,
 }
@@ -73,6 +75,9 @@ impl Failures {
     }
 
     fn known(&self, file: Incarnation) -> Option<Failure> {
+        if !self.has_any.load(Ordering::Acquire) {
+            return None;
+        }
         let known = self.find(file).map(|known| known.load(Ordering::Relaxed));
         let known = known.or_else(|| self.is_full().then_some(IN_USE))?;
         Some(Failure { told: known & TOLD != 0, rewritten: known & REWRITTEN != 0 })
@@ -89,6 +94,7 @@ impl Failures {
             place.store(word, Ordering::Relaxed);
         }
         free[0].store(IN_USE, Ordering::Release);
+        self.has_any.store(true, Ordering::Release);
     }
 
     fn add(&self, file: Incarnation, news: Failure) {
@@ -135,8 +141,11 @@ impl FileKeeper {
             }
         }
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(present.join(FAILURES))?;
+        let mut first = [0; size_of::<u64>()];
+        let there = (&file).read(&mut first)?;
         let memory = Self::map_whole(file, failures * ENTRY_WORDS * size_of::<u64>())?;
-        let failures = Failures { memory, adding: Mutex::default() };
+        let has_any = AtomicBool::new(there == first.len() && first != [0; 8]);
+        let failures = Failures { memory, has_any, adding: Mutex::default() };
         Ok(Self { directory: present, failures, ended: AtomicBool::new(false) })
     }
 

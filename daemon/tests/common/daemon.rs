@@ -106,6 +106,22 @@ impl Daemon {
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
     }
 
+    /// Those of them that are not of the program's file or its libraries', which are as large as their build made them and shared by all who run them.
+    pub(crate) fn resident_of_its_own(&self) -> u64 {
+        let program = std::fs::read_link(self.proc("exe")).expect("a living process");
+        let (mut is_own, mut kib) = (true, 0);
+        for line in std::fs::read_to_string(self.proc("smaps")).expect("a living process").lines() {
+            if let Some(resident) = line.strip_prefix("Rss:") {
+                let resident = resident.trim().trim_end_matches(" kB").parse::<u64>().expect("a number");
+                kib += if is_own { resident } else { 0 };
+            } else if line.starts_with(|first: char| first.is_ascii_digit() || first.is_ascii_lowercase()) {
+                // A mapping: addresses, access, offset, device, inode and, if it has one, the name of its file.
+                is_own = !line.split_whitespace().nth(5).is_some_and(|name| name.contains(".so") || program.as_os_str() == name);
+            }
+        }
+        kib * 1024
+    }
+
     /// Ends it at once, whatever it is doing.
     pub(crate) fn kill(mut self) {
         self.child.kill().expect("a living process");
