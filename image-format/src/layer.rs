@@ -265,11 +265,10 @@ impl<E: Environment> Layer<E> {
 
     /// That the layer cannot be made durable is remembered in `keeper` from now on, beyond the process. Only the first call counts.
     pub(crate) fn remember_failures(&self, keeper: &Arc<dyn MemoryKeeper>) {
-        let mut files = vec![Incarnation::of(self.file())];
-        if self.data_file().identity() != self.file().identity() {
-            files.push(Incarnation::of(self.data_file()));
+        match self {
+            Self::Raw(raw) => raw.rounds().remember_in(keeper, vec![Incarnation::of(raw.file())]),
+            Self::Qcow2(image) => image.remember_failures(keeper),
         }
-        self.rounds().remember_in(keeper, files);
     }
 
     /// The failure of a flush of the layer since the machine was started and before it was opened: what had been written until then may be seen now

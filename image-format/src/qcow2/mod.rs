@@ -223,6 +223,10 @@ impl<E: Environment> Qcow2<E> {
         self.inner.data_file.as_ref().unwrap_or(&self.inner.file)
     }
 
+    pub(crate) fn remember_failures(&self, keeper: &Arc<dyn MemoryKeeper>) {
+        self.inner.remember_failures(keeper);
+    }
+
     /// Flushes, and what is remembered of their failures.
     pub(crate) fn rounds(&self) -> &Rounds {
         &self.inner.rounds
