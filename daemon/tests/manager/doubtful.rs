@@ -21,15 +21,15 @@ async fn serve(world: &World) {
 }
 
 /// Two disks of which nothing else is known, and one for comparison.
-async fn make(environment: &SimulatedEnvironment, world: &World) {
+async fn make(world: &World) {
     for (name, format) in DISKS {
         let path = format!("/vm/{name}.{format}");
         match format {
-            "raw" => environment.put(&path, &vec![0; usize::try_from(DISK).expect("small")]),
+            "raw" => world.environment.put(&path, &vec![0; usize::try_from(DISK).expect("small")]),
             _ => world.create(&path, &CreateOptions::standalone(DISK)).await,
         }
     }
-    environment.flush_directory(std::path::Path::new("/vm")).await.expect("durable");
+    world.environment.flush_directory(std::path::Path::new("/vm")).await.expect("durable");
 }
 
 async fn state_of_layers(world: &World, device: &str) -> Vec<(String, String)> {
@@ -70,7 +70,8 @@ fn message(device: &str, layer: &str) -> String {
     )
 }
 
-/// Runs `life` and then, with what is left of it after a kill, `next`, and with what is left of that after a power cut, `last`.
+/// Makes the disks and serves them in each of three lives: runs `life` and then, with what is left of it after a kill, `next`, and with what is left of
+/// that after a power cut, `last`.
 fn three_lives(
     seed: u64,
     life: impl AsyncFnOnce(World) + 'static,
@@ -84,11 +85,16 @@ fn three_lives(
         World::start_with(environment.clone(), catalogue.clone(), &[], Arc::clone(&keeper), None)
     };
     let world = start(&environment, &catalogue);
-    simulation.block_on(async move { life(world).await });
+    simulation.block_on(async move {
+        make(&world).await;
+        serve(&world).await;
+        life(world).await;
+    });
     (environment, catalogue) = (environment.killed(), catalogue.after_kill());
     let world = start(&environment, &catalogue);
     Simulation::on(environment.clone()).block_on(async move {
         world.manager.recover().await.expect("a catalogue");
+        serve(&world).await;
         next(world).await;
     });
     (environment, catalogue) = (environment.crash(), catalogue.after_power_cut());
@@ -96,6 +102,7 @@ fn three_lives(
     let world = start(&environment, &catalogue);
     Simulation::on(environment).block_on(async move {
         world.manager.recover().await.expect("a catalogue");
+        serve(&world).await;
         last(world).await;
     });
 }
@@ -104,8 +111,6 @@ fn three_lives(
 fn a_disk_of_which_a_flush_had_failed_has_no_snapshots_until_the_machine_restarts() {
     let life = async |world: World| {
         let environment = world.environment.clone();
-        make(&environment, &world).await;
-        serve(&world).await;
         for (device, _) in DISKS {
             world.write(device, 0, 1).await;
             world.flush(device).await;
@@ -118,7 +123,6 @@ fn a_disk_of_which_a_flush_had_failed_has_no_snapshots_until_the_machine_restart
         }
     };
     let next = async |world: World| {
-        serve(&world).await;
         for (device, _) in DISKS {
             assert_eq!(world.read(device, 2).await, [1, 2], "it can be seen until the power goes off");
             world.write(device, 2, 3).await;
@@ -137,7 +141,6 @@ fn a_disk_of_which_a_flush_had_failed_has_no_snapshots_until_the_machine_restart
         assert_eq!(refused(&world, &["vdb"]).await, message("vdb", "/vm/vdb.raw"));
     };
     let last = async |world: World| {
-        serve(&world).await;
         for (device, _) in DISKS {
             assert_blocks(&world, device, &[&[1], &[0, 2], &[3]]).await;
         }
@@ -153,8 +156,6 @@ fn a_disk_of_which_a_flush_had_failed_has_no_snapshots_until_the_machine_restart
 fn nothing_that_lies_on_a_layer_that_could_not_be_frozen_is_called_durable() {
     let life = async |world: World| {
         let environment = world.environment.clone();
-        make(&environment, &world).await;
-        serve(&world).await;
         for (device, _) in DISKS {
             world.write(device, 0, 1).await;
         }
@@ -164,7 +165,6 @@ fn nothing_that_lies_on_a_layer_that_could_not_be_frozen_is_called_durable() {
         }
     };
     let next = async |world: World| {
-        serve(&world).await;
         for (device, format) in [("vda", "qcow2"), ("vdb", "raw")] {
             let base = format!("/vm/{device}.{format}");
             let states: Vec<_> = state_of_layers(&world, device).await.into_iter().map(|(_, state)| state).collect();
@@ -176,7 +176,6 @@ fn nothing_that_lies_on_a_layer_that_could_not_be_frozen_is_called_durable() {
         }
     };
     let last = async |world: World| {
-        serve(&world).await;
         for (device, _) in DISKS {
             // What no flush has covered, and the guest's after that.
             let second: &[u8] = if device == "vdc" { &[0] } else { &[2] };
@@ -195,8 +194,6 @@ fn nothing_that_lies_on_a_layer_that_could_not_be_frozen_is_called_durable() {
 fn what_was_durable_beneath_survives_a_failed_flush_of_its_copy() {
     let life = async |world: World| {
         let environment = world.environment.clone();
-        make(&environment, &world).await;
-        serve(&world).await;
         for (device, _) in DISKS {
             world.write(device, 0, 1).await;
             world.flush(device).await;
@@ -219,7 +216,6 @@ fn what_was_durable_beneath_survives_a_failed_flush_of_its_copy() {
         }
     };
     let next = async |world: World| {
-        serve(&world).await;
         for device in ["vda", "vdb"] {
             is_told(&world, device, None).await;
             world.write(device, 3, 3).await;
@@ -227,7 +223,6 @@ fn what_was_durable_beneath_survives_a_failed_flush_of_its_copy() {
         }
     };
     let last = async |world: World| {
-        serve(&world).await;
         for device in ["vda", "vdb"] {
             assert_blocks(&world, device, &[&[1], &[0, 2], &[0], &[3]]).await;
         }
