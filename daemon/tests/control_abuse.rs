@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Machine, OUT, Queue};
-use common::{PATIENCE, check_clean, make_qcow2};
-use rustix::process::Uid;
+use common::{PATIENCE, as_user, check_clean, make_qcow2};
 use serde_json::json;
 use snapfence::client::Client;
 use snapfence::protocol::DeviceList;
@@ -30,18 +29,6 @@ const REQUESTS: usize = 4_000;
 const FLOODERS: usize = 6;
 /// "nobody", who owns nothing here.
 const STRANGER: u32 = 65_534;
-
-/// Does `work` as another user. The kernel gives each thread credentials of its own, so nothing else of this process changes.
-fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            let user = Uid::from_raw(STRANGER);
-            rustix::thread::set_thread_res_uid(user, user, user).expect("root may");
-            work()
-        });
-        thread.join().expect("no panic")
-    })
-}
 
 fn device(directory: &Path) -> String {
     let image = directory.join("vda.qcow2");
@@ -59,12 +46,12 @@ fn other_users_have_no_say() {
     let daemon = Daemon::start(directory.path(), &[device(directory.path())]);
     let control = daemon.control();
     std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).expect("ours");
-    let refused = as_stranger(|| UnixStream::connect(&control)).expect_err("the socket is for its owner");
+    let refused = as_user(STRANGER, || UnixStream::connect(&control)).expect_err("the socket is for its owner");
     assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
     // Whoever opens the socket to all has not said that all may give commands.
     std::fs::set_permissions(&control, Permissions::from_mode(0o666)).expect("ours");
     for command in ["", "{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n"] {
-        let heard = as_stranger(|| {
+        let heard = as_user(STRANGER, || {
             let mut stream = UnixStream::connect(&control).expect("a socket open to all");
             stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
             // It may be closed before we have said anything.

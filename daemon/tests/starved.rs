@@ -1,13 +1,19 @@
-//! A daemon that runs out of descriptors while it serves a disk: what needs more is refused and says so, the guest goes on, and
+//! A daemon that runs out of descriptors, threads or memory while it serves a disk: what needs more is refused and says so, the guest goes on, and
 //! with the limit gone everything is as before.
 
 mod common;
+#[allow(unreachable_pub, reason = "it is public where it comes from")]
+#[path = "../../tests/src/skip.rs"]
+mod skip;
 
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Link, Machine, OUT};
-use common::{check_clean, make_qcow2};
+use common::{as_user, check_clean, make_qcow2};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::json;
 use snapfence::client::Client;
@@ -19,6 +25,8 @@ const BLOCK: usize = 4096;
 /// A daemon with a disk, a guest, and a client that were there before it became poor.
 struct Setting {
     directory: tempfile::TempDir,
+    /// Whose daemon it is, if not ours.
+    user: Option<u32>,
     daemon: Daemon,
     client: Client,
     machine: Machine,
@@ -26,20 +34,41 @@ struct Setting {
     written: u8,
 }
 
+/// Somebody who has no processes, and whom limits bind, unlike root.
+const POOR: u32 = 59_731;
+
 impl Setting {
     fn new() -> Self {
+        let mut setting = Self::without_requests(None);
+        setting.guest_goes_on();
+        setting
+    }
+
+    /// A guest that has asked for nothing yet, of a daemon of this user.
+    fn without_requests(user: Option<u32>) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let path = |name: &str| directory.path().join(name);
         make_qcow2(&path("vda.qcow2"), CreateOptions::standalone(DISK_BYTES));
         make_qcow2(&path("vdb.qcow2"), CreateOptions::standalone(DISK_BYTES));
         let device = format!("name=vda,image={},format=qcow2,socket={}", path("vda.qcow2").display(), path("vda.sock").display());
-        let daemon = Daemon::start(directory.path(), &[device]);
+        let command = match user {
+            None => Daemon::command(directory.path(), &[device]),
+            Some(user) => {
+                // The program may be where he cannot look.
+                std::fs::copy(env!("CARGO_BIN_EXE_snapfenced"), path("program")).expect("space");
+                for name in ["", "vda.qcow2", "vdb.qcow2"] {
+                    chown(path(name), Some(user), Some(user)).expect("root may");
+                }
+                let mut command = Daemon::command_of(&path("program"), directory.path(), &[device]);
+                command.uid(user).gid(user);
+                command
+            }
+        };
+        let daemon = Daemon::run(command, directory.path());
         let client = daemon.client();
         let machine = Machine::new(1);
         let link = machine.connect(&path("vda.sock"));
-        let mut setting = Self { directory, daemon, client, machine, _link: link, written: 0 };
-        setting.guest_goes_on();
-        setting
+        Self { directory, user, daemon, client, machine, _link: link, written: 0 }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -50,7 +79,11 @@ impl Setting {
         let process = Pid::from_raw(i32::try_from(self.daemon.id()).expect("small")).expect("a process");
         // Which it has from us, and which only root may raise.
         let maximum = getrlimit(resource).maximum;
-        prlimit(Some(process), resource, Rlimit { current: current.or(maximum), maximum }).expect("our child");
+        let limit = || prlimit(Some(process), resource, Rlimit { current: current.or(maximum), maximum }).expect("a process of this user");
+        match self.user {
+            None => limit(),
+            Some(user) => as_user(user, limit),
+        };
     }
 
     fn guest_goes_on(&mut self) {
@@ -105,11 +138,11 @@ impl Setting {
 }
 
 /// All refusals under limits that leave room for so much more.
-fn starve(setting: &mut Setting, resource: Resource, rooms: impl Iterator<Item = u64>) -> Vec<String> {
+fn starve(setting: &mut Setting, name: &str, resource: Resource, rooms: impl Iterator<Item = u64>) -> Vec<String> {
     let mut refusals = Vec::new();
     for (number, limit) in rooms.enumerate() {
         setting.limit(resource, Some(limit));
-        refusals.extend(setting.ask(&format!("s{number}")));
+        refusals.extend(setting.ask(&format!("{name}{number}")));
         setting.limit(resource, None);
     }
     for refusal in &refusals {
@@ -123,7 +156,27 @@ fn a_daemon_without_descriptors_says_so_and_goes_on() {
     let mut setting = Setting::new();
     let used = setting.daemon.descriptors() as u64;
     // Snapshots that succeed take some for good.
-    let refusals = starve(&mut setting, Resource::Nofile, (used..used + 30).step_by(2));
+    let refusals = starve(&mut setting, "s", Resource::Nofile, (used..used + 30).step_by(2));
     assert!(refusals.len() > 4 && refusals.iter().all(|refusal| refusal.contains("Too many open files")), "{refusals:#?}");
+    setting.end();
+}
+
+#[test]
+fn a_daemon_without_threads_says_so_and_goes_on() {
+    if !rustix::process::geteuid().is_root() {
+        skip::skipped("only root can start a daemon of somebody else, whose threads can be counted");
+        return;
+    }
+    let mut setting = Setting::without_requests(Some(POOR));
+    // Nobody has flushed yet: the kernel needs a thread for that.
+    let mut refusals = starve(&mut setting, "early", Resource::Nproc, 1..2);
+    // After some time neither it nor we keep more threads than we must.
+    std::thread::sleep(Duration::from_secs(6));
+    let used = setting.daemon.all_threads() as u64;
+    refusals.extend(starve(&mut setting, "late", Resource::Nproc, [1].into_iter().chain(used..used + 6)));
+    assert!(refusals.len() > 4, "{refusals:#?}");
+    for refusal in &refusals {
+        assert!(refusal.contains("device 'vdb': ") && refusal.contains("Resource temporarily unavailable"), "{refusal}");
+    }
     setting.end();
 }

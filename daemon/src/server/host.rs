@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use snapfence::protocol::{BlockErrorAction, BlockIoError, DeviceEvent, Event, IoOperationType};
+use snapfence_image_format::runtime::offload;
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::UringEnvironment;
 
-use super::offload::offload;
 use super::workers::{Assignment, Workers};
 use crate::connection::{ConnectionEvent, Listening, Server};
 use crate::device::{self, Device};
@@ -113,7 +113,7 @@ impl Host<UringEnvironment> for VhostHost {
     async fn real_directory(&self, directory: &Path) -> io::Result<PathBuf> {
         let directory = directory.to_owned();
         // It blocks, and a file server that hangs must not stop the control thread.
-        offload("real path", move || {
+        offload(move || {
             let real = directory.canonicalize()?;
             if real.is_dir() { Ok(real) } else { Err(io::ErrorKind::NotADirectory.into()) }
         })
@@ -122,16 +122,16 @@ impl Host<UringEnvironment> for VhostHost {
 
     async fn real_file(&self, path: &Path) -> io::Result<PathBuf> {
         let path = path.to_owned();
-        offload("real path", move || real_file(&path)).await?
+        offload(move || real_file(&path)).await?
     }
 
     async fn path_kinds(&self, paths: Vec<PathBuf>) -> io::Result<Vec<PathKind>> {
-        offload("look at paths", move || paths.iter().map(|path| path_kind(path)).collect()).await
+        offload(move || paths.iter().map(|path| path_kind(path)).collect()).await
     }
 
     async fn is_for_devices(&self, directory: &Path) -> io::Result<bool> {
         let directory = directory.to_owned();
-        offload("look at directory", move || {
+        offload(move || {
             let device = directory.metadata()?.dev();
             let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
             // It looks like a tmpfs to statfs.
@@ -142,7 +142,7 @@ impl Host<UringEnvironment> for VhostHost {
 
     async fn files_in(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
         let directory = directory.to_owned();
-        offload("list directory", move || {
+        offload(move || {
             let mut files = Vec::new();
             for entry in directory.read_dir()? {
                 let entry = entry?;
@@ -211,7 +211,7 @@ impl Export for VhostExport {
         let Self { server, device, assignment, workers } = self;
         drop(device);
         server.begin_stop();
-        if let Err(error) = offload("stop device", move || drop(server)).await {
+        if let Err(error) = offload(move || drop(server)).await {
             tracing::warn!(event = "stop_failed", %error, "a device could not be stopped in good order");
         }
         workers.borrow_mut().give_back(assignment);

@@ -6,7 +6,6 @@
 
 mod host;
 mod inbox;
-mod offload;
 mod stop;
 mod workers;
 
@@ -19,11 +18,11 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use futures_util::future::join_all;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use snapfence_image_format::runtime::offload;
 use snapfence_image_format::storage::kept::MemoryKeeper;
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
 
 use self::inbox::Inbox;
-use self::offload::offload;
 use self::stop::StopRequest;
 use crate::catalogue::Catalogue;
 use crate::control::{self, Events, ServerOptions};
@@ -140,7 +139,7 @@ async fn serve(manager: &Daemon, server: control::Server, inbox: &Inbox, stop: &
     tell_systemd(&[sd_notify::NotifyState::Stopping]);
     // Clients can still ask how far it is; what would begin something new is refused.
     let stopped = until(manager.stop(), obey()).await;
-    offload("stop control", move || server.stop()).await.context("cannot stop the control socket")?;
+    offload(move || server.stop()).await.context("cannot stop the control socket")?;
     match stopped {
         Ok(()) => Ok(()),
         Err(devices) => bail!("not everything is durable on: {}", devices.join(", ")),

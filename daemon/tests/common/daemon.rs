@@ -34,8 +34,13 @@ impl Daemon {
 
     /// What [`Daemon::start`] runs, to be changed.
     pub(crate) fn command(directory: &Path, devices: &[String]) -> Command {
+        Self::command_of(Path::new(env!("CARGO_BIN_EXE_snapfenced")), directory, devices)
+    }
+
+    /// The same of this copy of the program.
+    pub(crate) fn command_of(program: &Path, directory: &Path, devices: &[String]) -> Command {
         let log = std::fs::File::options().create(true).append(true).open(directory.join("log")).expect("a log");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_snapfenced"));
+        let mut command = Command::new(program);
         command.arg("--control").arg(directory.join("control")).arg("--state-dir").arg(directory.join("state"));
         for device in devices {
             command.arg("--device").arg(device);
@@ -92,6 +97,11 @@ impl Daemon {
         let tasks = std::fs::read_dir(self.proc("task")).expect("a living process");
         let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
         names.filter(|name| !name.starts_with("iou-")).count()
+    }
+
+    /// Those and the kernel's, as a limit counts them.
+    pub(crate) fn all_threads(&self) -> usize {
+        std::fs::read_dir(self.proc("task")).expect("a living process").count()
     }
 
     /// Memory mappings that are somebody's shared memory: what front-ends have sent.

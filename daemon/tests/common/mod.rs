@@ -16,6 +16,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
+use rustix::process::{Gid, Uid};
 use snapfence::protocol::NoSpacePolicy;
 use snapfence_image_format::chain::{AllowedDirectories, ChainOptions, Format, open_chain};
 use snapfence_image_format::layer::Layer;
@@ -44,6 +45,19 @@ pub(crate) fn seed() -> u64 {
 /// Runs the future to its end on a ring of its own, as the control thread does.
 pub(crate) fn block_on<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
     Reactor::new(8).expect("io_uring").block_on(future).expect("a ring that works")
+}
+
+/// Does `work` as another user. The kernel gives each thread credentials of its own, so nothing else of this process changes.
+pub(crate) fn as_user<T: Send>(user: u32, work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let (group, user) = (Gid::from_raw(user), Uid::from_raw(user));
+            rustix::thread::set_thread_res_gid(group, group, group).expect("root may");
+            rustix::thread::set_thread_res_uid(user, user, user).expect("root may");
+            work()
+        });
+        thread.join().expect("no panic")
+    })
 }
 
 pub(crate) fn options(queues: u16) -> DeviceOptions {

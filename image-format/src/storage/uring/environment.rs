@@ -13,7 +13,7 @@ use io_uring::{opcode, squeue, types};
 use super::file::UringFile;
 use super::operation::{CallKind, Output};
 use super::{open, ring};
-use crate::runtime;
+use crate::runtime::{self, offload};
 use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location};
 
 /// The real world over the io_uring of the calling thread. Its futures belong into tasks of a [`Reactor`](super::Reactor), whose thread has
@@ -51,13 +51,15 @@ impl Environment for UringEnvironment {
     async fn open(&self, at: &Location, access: Access, cache: CacheMode) -> io::Result<UringFile> {
         let at = at.clone();
         // Each of the questions may go to a file server, which may take for ever.
-        blocking::unblock(move || open::file(&at, access, cache)).await
+        offload(move || open::file(&at, access, cache)).await?
     }
 
     async fn identities(&self, paths: &[PathBuf]) -> Vec<io::Result<FileIdentity>> {
         let paths = paths.to_vec();
         // All at once: going to another thread takes longer than most answers.
-        blocking::unblock(move || paths.iter().map(|path| open::identity(path)).collect()).await
+        let count = paths.len();
+        let identities = offload(move || paths.iter().map(|path| open::identity(path)).collect()).await;
+        identities.unwrap_or_else(|error| (0..count).map(|_| Err(io::Error::new(error.kind(), error.to_string()))).collect())
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -77,7 +79,7 @@ impl Environment for UringEnvironment {
 
     async fn flush_directory(&self, directory: &Path) -> io::Result<()> {
         let directory = directory.to_owned();
-        let directory = Rc::new(blocking::unblock(move || open::directory(&directory)).await?);
+        let directory = Rc::new(offload(move || open::directory(&directory)).await??);
         let entry = opcode::Fsync::new(types::Fd(directory.as_raw_fd())).build();
         // SAFETY: the entry names the directory only, which what is kept owns.
         unsafe { call(entry, CallKind::Once, directory) }.await

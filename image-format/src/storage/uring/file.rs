@@ -18,6 +18,7 @@ use super::ring::{self, Submitted};
 use super::stat::{self, Medium};
 use super::transfer::{DIRECT_ALIGNMENT, Direction, TransferWork};
 use crate::buffer::{BUFFER_ALIGNMENT, Buffer};
+use crate::runtime::{offload, offload_detached};
 use crate::storage::{CacheMode, FileIdentity, Sharing, Storage, Transferred};
 use crate::units::HostOffset;
 
@@ -67,7 +68,7 @@ impl Drop for OpenFile {
     fn drop(&mut self) {
         if self.medium == Medium::Served {
             let fd = self.fd.take();
-            blocking::unblock(move || drop(fd)).detach();
+            offload_detached(move || drop(fd));
         }
     }
 }
@@ -241,7 +242,7 @@ impl Storage for UringFile {
             self.call(opcode::Ftruncate::new(self.target(), len).build(), CallKind::Plain).await
         } else {
             let file = Arc::clone(&self.file);
-            blocking::unblock(move || Ok(rustix::fs::ftruncate(&file, len)?)).await
+            offload(move || Ok(rustix::fs::ftruncate(&file, len)?)).await?
         }
     }
 
@@ -269,7 +270,7 @@ impl Storage for UringFile {
             return self.file.set_sharing(sharing);
         }
         let file = Arc::clone(&self.file);
-        blocking::unblock(move || file.set_sharing(sharing)).await
+        offload(move || file.set_sharing(sharing)).await?
     }
 }
 

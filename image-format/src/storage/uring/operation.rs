@@ -68,8 +68,10 @@ impl Work {
     }
 }
 
+/// Whether an operation that nobody cancels can be tried again after this error. The kernel itself cancels what it has not begun if it has no thread
+/// to do it.
 pub(super) fn is_transient(error: i32) -> bool {
-    error == -libc::EINTR || error == -libc::EAGAIN
+    matches!(-error, libc::EINTR | libc::EAGAIN | libc::ECANCELED)
 }
 
 fn value(result: i32) -> io::Result<u32> {
@@ -104,7 +106,7 @@ impl CallWork {
     }
 
     fn advance(&mut self, result: i32) -> Next {
-        if is_transient(result) && self.kind != CallKind::Once && self.attempts < MAX_ATTEMPTS {
+        if is_transient(result) && self.kind == CallKind::Plain && self.attempts < MAX_ATTEMPTS {
             self.attempts += 1;
             return Next::Again;
         }

@@ -2,7 +2,7 @@
 
 use std::{fmt, io};
 
-use io_uring::{IoUring, Probe, opcode};
+use io_uring::{IoUring, Probe, opcode, squeue};
 
 /// How completions reach the thread that owns the ring: the better ones interrupt it less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,12 +36,15 @@ pub(super) struct Capable {
 /// Makes the best ring that this kernel allows, for up to `entries` submissions at a time. It belongs to the calling thread.
 ///
 /// # Errors
-/// With an explanation, if the system forbids io_uring or its kernel is too old.
+/// With an explanation, if the system forbids io_uring, its kernel is too old, or it has no thread left for the ring.
 pub(super) fn build(entries: u32) -> io::Result<Capable> {
     let mut refused = io::Error::from(io::ErrorKind::InvalidInput);
     for tier in [Tier::Deferred, Tier::Cooperative, Tier::Plain] {
         match build_exactly(tier, entries) {
-            Ok(capable) => return Ok(capable),
+            Ok(mut capable) => {
+                start_worker(&mut capable.uring)?;
+                return Ok(capable);
+            }
             // An unknown flag: the next tier asks for less.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
             Err(error) => return Err(explain(error)),
@@ -83,6 +86,27 @@ fn examine(uring: IoUring, tier: Tier) -> io::Result<Capable> {
     Ok(Capable { uring, tier, truncates })
 }
 
+/// Has the kernel make the thread to which it hands what it cannot do at once, flushes above all. The last such thread of a ring stays, so with it
+/// more work only takes longer; without it, and with no thread to be had, the kernel ends such operations undone.
+fn start_worker(uring: &mut IoUring) -> io::Result<()> {
+    let entry = opcode::Nop::new().build().flags(squeue::Flags::ASYNC);
+    // SAFETY: it points to nothing.
+    unsafe { uring.submission().push(&entry) }.expect("a new ring has room");
+    loop {
+        match uring.submit_and_wait(1) {
+            Err(error) if error.raw_os_error() != Some(libc::EINTR) => return Err(explain(error)),
+            Ok(_) | Err(_) => {}
+        }
+        let Some(completion) = uring.completion().next() else { continue };
+        return match completion.result() {
+            0.. => Ok(()),
+            // Nobody else cancels it.
+            result if result == -libc::ECANCELED => Err(explain(io::Error::from_raw_os_error(libc::EAGAIN))),
+            result => Err(explain(io::Error::from_raw_os_error(-result))),
+        };
+    }
+}
+
 fn explain(error: io::Error) -> io::Error {
     let hint = match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
@@ -91,6 +115,9 @@ fn explain(error: io::Error) -> io::Error {
         Some(libc::ENOSYS) => "this kernel has no io_uring, or a seccomp profile hides it: Linux 5.15 or newer is needed",
         Some(libc::ENOMEM) => "no memory for an io_uring: look at the limit for locked memory (ulimit -l)",
         Some(libc::EMFILE | libc::ENFILE) => "no file descriptor left for an io_uring: look at the limit for open files (ulimit -n)",
+        Some(libc::EAGAIN) => {
+            "no thread left for an io_uring: look at the limit for processes (ulimit -u) and, in a container, at the one for its tasks (pids.max)"
+        }
         _ => "cannot set up an io_uring",
     };
     io::Error::new(error.kind(), format!("{hint}: {error}"))

@@ -1,0 +1,204 @@
+//! Work that blocks, on threads of its own.
+//!
+//! The first thread stays once it has been made, so that a process that may have no more of them still gets its work done, one piece at a time.
+
+use std::collections::VecDeque;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::WaitQueue;
+
+/// Threads there are at most. Each may hang with a file server.
+const MAX_THREADS: usize = 500;
+/// How long a thread waits for more work, if it is not the last one.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads, and what they have not begun.
+struct Pool {
+    state: Mutex<State>,
+    more: Condvar,
+}
+
+struct State {
+    queue: VecDeque<Job>,
+    threads: usize,
+    /// Threads that wait, those included that have been woken for something in the queue.
+    idle: usize,
+}
+
+static POOL: Pool = Pool::new();
+
+impl Pool {
+    const fn new() -> Self {
+        Self { state: Mutex::new(State { queue: VecDeque::new(), threads: 0, idle: 0 }), more: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a thread do the job, a new one if none is idle; gives it back if there is no thread and none can be made.
+    fn submit(&'static self, job: Job) -> Result<(), (io::Error, Job)> {
+        let mut state = self.lock();
+        state.queue.push_back(job);
+        if state.idle < state.queue.len() && state.threads < MAX_THREADS {
+            match std::thread::Builder::new().name("offload".to_owned()).spawn(move || self.work()) {
+                Ok(_) => state.threads += 1,
+                Err(error) if state.threads == 0 => return Err((error, state.queue.pop_back().expect("just pushed"))),
+                // One of those that there are does it when it is done.
+                Err(error) => tracing::warn!(event = "no_thread", cause = %error, threads = state.threads, "work waits for a thread"),
+            }
+        }
+        drop(state);
+        self.more.notify_one();
+        Ok(())
+    }
+
+    fn work(&self) {
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.queue.pop_front() {
+                drop(state);
+                // Whoever waits for it is told, by what the job owns.
+                let _ = catch_unwind(AssertUnwindSafe(job));
+                state = self.lock();
+                continue;
+            }
+            state.idle += 1;
+            let is_over;
+            if state.threads == 1 {
+                state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
+                is_over = false;
+            } else {
+                let (guard, waited) = self.more.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner);
+                (state, is_over) = (guard, waited.timed_out());
+            }
+            state.idle -= 1;
+            if is_over && state.queue.is_empty() && state.threads > 1 {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+/// Where the result of one piece of work arrives. `Some(None)`: it panicked.
+struct Outcome<T> {
+    value: Mutex<Option<Option<T>>>,
+    arrived: WaitQueue,
+}
+
+impl<T> Outcome<T> {
+    fn lock(&self) -> MutexGuard<'_, Option<Option<T>>> {
+        self.value.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells that the work has ended, however it did.
+struct Ending<T>(Arc<Outcome<T>>);
+
+impl<T> Drop for Ending<T> {
+    fn drop(&mut self) {
+        self.0.lock().get_or_insert(None);
+        self.0.arrived.notify_all();
+    }
+}
+
+/// Runs `work`, which may block, on another thread and gives its result. The work goes on if the future is dropped.
+///
+/// # Errors
+/// If the system gives no thread and none waits for work, or the work panicked.
+pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    offload_to(&POOL, work).await
+}
+
+async fn offload_to<T: Send + 'static>(pool: &'static Pool, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let outcome = Arc::new(Outcome { value: Mutex::new(None), arrived: WaitQueue::new() });
+    let ending = Ending(Arc::clone(&outcome));
+    let job = move || {
+        let value = work();
+        *ending.0.lock() = Some(Some(value));
+    };
+    pool.submit(Box::new(job)).map_err(|(error, _)| io::Error::new(error.kind(), format!("no thread to do it: {error}")))?;
+    let value = outcome.arrived.wait_until(|| outcome.lock().take()).await;
+    value.ok_or_else(|| io::Error::other("the thread that did it has panicked"))
+}
+
+/// Runs `work`, which may block, on another thread; on this one if the system gives none.
+pub fn offload_detached(work: impl FnOnce() + Send + 'static) {
+    if let Err((_, job)) = POOL.submit(Box::new(work)) {
+        job();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    /// A pool that no other test uses.
+    fn pool() -> &'static Pool {
+        Box::leak(Box::new(Pool::new()))
+    }
+
+    fn wait_for<T>(future: impl Future<Output = T>) -> T {
+        let mut future = std::pin::pin!(future);
+        loop {
+            match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(value) => return value,
+                Poll::Pending => std::thread::yield_now(),
+            }
+        }
+    }
+
+    #[test]
+    fn work_that_blocks_does_not_hold_up_other_work() {
+        let pool = pool();
+        let together = Arc::new(Barrier::new(8));
+        let mut waiting: Vec<_> = (0..8)
+            .map(|number| {
+                let together = Arc::clone(&together);
+                let mut future = Box::pin(offload_to(pool, move || {
+                    together.wait();
+                    number
+                }));
+                assert!(future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+                future
+            })
+            .collect();
+        let results: Vec<i32> = waiting.iter_mut().map(|future| wait_for(future).expect("threads")).collect();
+        assert_eq!(results, [0, 1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn a_panic_is_an_error_and_the_thread_goes_on() {
+        let pool = pool();
+        for _ in 0..3 {
+            let error = wait_for(offload_to(pool, || -> () { panic!("on purpose") })).expect_err("it panicked");
+            assert!(error.to_string().contains("panicked"), "{error}");
+        }
+        assert_eq!(wait_for(offload_to(pool, || 7)).expect("a thread"), 7);
+    }
+
+    #[test]
+    fn idle_threads_are_used_again() {
+        let pool = pool();
+        for number in 0..100 {
+            assert_eq!(wait_for(offload_to(pool, move || number)).expect("a thread"), number);
+            let is_idle = || {
+                let state = pool.lock();
+                state.idle == state.threads
+            };
+            while !is_idle() {
+                std::thread::yield_now();
+            }
+        }
+        assert_eq!(pool.lock().threads, 1);
+    }
+}
