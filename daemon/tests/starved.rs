@@ -1,5 +1,5 @@
 //! A daemon that runs out of descriptors, threads or memory while it serves a disk: what needs more is refused and says so, the guest goes on, and
-//! with the limit gone everything is as before.
+//! with the limit gone everything is as before. Without memory it may end instead, and the next one goes on with what was in flight.
 
 mod common;
 #[allow(unreachable_pub, reason = "it is public where it comes from")]
@@ -7,13 +7,14 @@ mod common;
 mod skip;
 
 use std::os::unix::fs::chown;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
-use common::machine::{Data, FLUSH, IN, Link, Machine, OUT};
-use common::{as_user, check_clean, make_qcow2};
+use common::machine::{Data, Done, FLUSH, IN, Link, Machine, OUT};
+use common::{PATIENCE, as_user, check_clean, make_qcow2};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::json;
 use snapfence::client::Client;
@@ -27,11 +28,14 @@ struct Setting {
     directory: tempfile::TempDir,
     /// Whose daemon it is, if not ours.
     user: Option<u32>,
+    device: String,
     daemon: Daemon,
     client: Client,
     machine: Machine,
-    _link: Link,
+    link: Link,
     written: u8,
+    /// How often the daemon has ended for want of memory.
+    ends: usize,
 }
 
 /// Somebody who has no processes, and whom limits bind, unlike root.
@@ -52,14 +56,14 @@ impl Setting {
         make_qcow2(&path("vdb.qcow2"), CreateOptions::standalone(DISK_BYTES));
         let device = format!("name=vda,image={},format=qcow2,socket={}", path("vda.qcow2").display(), path("vda.sock").display());
         let command = match user {
-            None => Daemon::command(directory.path(), &[device]),
+            None => Daemon::command(directory.path(), std::slice::from_ref(&device)),
             Some(user) => {
                 // The program may be where he cannot look.
                 std::fs::copy(env!("CARGO_BIN_EXE_snapfenced"), path("program")).expect("space");
                 for name in ["", "vda.qcow2", "vdb.qcow2"] {
                     chown(path(name), Some(user), Some(user)).expect("root may");
                 }
-                let mut command = Daemon::command_of(&path("program"), directory.path(), &[device]);
+                let mut command = Daemon::command_of(&path("program"), directory.path(), std::slice::from_ref(&device));
                 command.uid(user).gid(user);
                 command
             }
@@ -68,7 +72,7 @@ impl Setting {
         let client = daemon.client();
         let machine = Machine::new(1);
         let link = machine.connect(&path("vda.sock"));
-        Self { directory, user, daemon, client, machine, _link: link, written: 0 }
+        Self { directory, user, device, daemon, client, machine, link, written: 0, ends: 0 }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -86,17 +90,49 @@ impl Setting {
         };
     }
 
+    /// One request from beginning to end, which may come after that of the daemon.
+    fn request(&mut self, kind: u32, block: u8, data: Data<'_>) {
+        let sector = u64::from(block) * (BLOCK / 512) as u64;
+        self.machine.queues[0].submit(0, kind, sector, data);
+        self.machine.queues[0].kick();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.machine.queues[0].completed()[..] {
+                [] => assert!(Instant::now() < deadline, "a request does not come back"),
+                [Done { slot: 0, status: 0, .. }] => return,
+                ref other => panic!("{other:?}"),
+            }
+            if let Some(status) = self.daemon.end() {
+                self.start_again(status);
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// After the daemon has ended like this, which only want of memory may bring about.
+    fn start_again(&mut self, status: ExitStatus) {
+        let log = self.daemon.log();
+        let is_want = match status.signal() {
+            Some(libc::SIGABRT) => log.contains("memory allocation of"),
+            // The kernel's answer if the main thread's stack cannot grow.
+            Some(libc::SIGSEGV) => true,
+            _ => false,
+        };
+        assert!(is_want, "{status}: {log}");
+        self.ends += 1;
+        self.daemon = Daemon::start(self.directory.path(), std::slice::from_ref(&self.device));
+        self.client = self.daemon.client();
+        self.link = self.machine.connect(&self.path("vda.sock"));
+    }
+
     fn guest_goes_on(&mut self) {
-        let queue = &mut self.machine.queues[0];
         self.written += 1;
-        let block = usize::from(self.written);
-        let sector = (block * BLOCK / 512) as u64;
-        assert_eq!(queue.request(OUT, sector, Data::Out(&[self.written; BLOCK])).status, 0);
-        assert_eq!(queue.request(FLUSH, 0, Data::None).status, 0);
-        for block in 1..=self.written {
-            let sector = u64::from(block) * (BLOCK / 512) as u64;
-            assert_eq!(queue.request(IN, sector, Data::In(BLOCK)).status, 0);
-            assert!(queue.data(0, BLOCK) == [block; BLOCK], "block {block}");
+        let written = self.written;
+        self.request(OUT, written, Data::Out(&[written; BLOCK]));
+        self.request(FLUSH, 0, Data::None);
+        for block in 1..=written {
+            self.request(IN, block, Data::In(BLOCK));
+            assert!(self.machine.queues[0].data(0, BLOCK) == [block; BLOCK], "block {block}");
         }
     }
 
@@ -108,7 +144,10 @@ impl Setting {
         for (command, arguments) in [("snapshot-create", snapshot), ("device-add", added)] {
             match self.client.execute(command, arguments) {
                 Err(error) => refusals.push(error.to_string()),
-                Ok(_) if command == "device-add" => drop(self.client.execute("device-remove", json!({ "name": "vdb" })).expect("removed")),
+                Ok(_) if command == "device-add" => {
+                    let removed = self.client.execute("device-remove", json!({ "name": "vdb" }));
+                    refusals.extend(removed.err().map(|error| error.to_string()));
+                }
                 Ok(_) => {}
             }
         }
@@ -125,10 +164,11 @@ impl Setting {
         self.daemon.client().execute("device-list", json!({})).expect("an answer");
         let stack = self.client.execute("stack-show", json!({ "device": "vda" })).expect("a stack");
         let layers: Vec<_> = stack["layers"].as_array().expect("a list").iter().map(|layer| layer["file"].clone()).collect();
-        let Self { directory, daemon, client, .. } = self;
-        drop(client);
+        let Self { directory, daemon, client, link, ends, .. } = self;
+        drop((client, link));
         daemon.stop();
-        for layer in &layers {
+        // A layer that is frozen keeps what it has lost in a crash.
+        for layer in layers.iter().take(if ends > 0 { 1 } else { layers.len() }) {
             check_clean(Path::new(layer.as_str().expect("a path")));
         }
         let images = std::fs::read_dir(directory.path()).expect("a directory").filter_map(Result::ok).map(|entry| entry.path());
@@ -179,4 +219,19 @@ fn a_daemon_without_threads_says_so_and_goes_on() {
         assert!(refusal.contains("device 'vdb': ") && refusal.contains("Resource temporarily unavailable"), "{refusal}");
     }
     setting.end();
+}
+
+#[test]
+fn a_daemon_without_memory_says_so_or_ends_and_the_next_goes_on() {
+    let mut refused = 0;
+    for kib in [0, 16, 64, 256, 1024, 2048, 3072, 4096, 8192, 16384, 65536, 131_072] {
+        let mut setting = Setting::new();
+        setting.limit(Resource::As, Some(setting.daemon.addresses() + kib * 1024));
+        let refusals = setting.ask("s0");
+        println!("{kib} KiB more: ended {} times, {refusals:?}", setting.ends);
+        refused += refusals.len();
+        setting.limit(Resource::As, None);
+        setting.end();
+    }
+    assert!(refused > 0, "the limit is not felt");
 }

@@ -78,6 +78,11 @@ impl Daemon {
         }
     }
 
+    /// How it has ended, if it has.
+    pub(crate) fn end(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child")
+    }
+
     /// Its process.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
@@ -111,8 +116,17 @@ impl Daemon {
 
     /// Bytes of memory that are resident.
     pub(crate) fn resident(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// Bytes of addresses that are taken, as a limit counts them.
+    pub(crate) fn addresses(&self) -> u64 {
+        self.memory("VmSize:")
+    }
+
+    fn memory(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(self.proc("status")).expect("a living process");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line about it");
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a line about it");
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
     }
 
