@@ -611,6 +611,56 @@ mod tests {
     }
 
     #[test]
+    fn no_more_is_made_ready_than_a_batch() {
+        let runs: Vec<_> = (0..140).map(|number| number * 41 + 10..number * 41 + 50).collect();
+        for discarded in [&[Range { start: 10, end: 5900 }][..], &runs] {
+            let discarded = discarded.to_vec();
+            let options = CreateOptions { cluster_bits: 12, ..CreateOptions::standalone(6000 << 12) };
+            with_image(19, options, async move |disk, image| {
+                let (image, _) = with_holes(&disk, image, &discarded).await;
+                let batch = image.inner.allocator().batch_clusters();
+                for _ in 0..2 {
+                    image.inner.fill_up().await.expect("space");
+                    assert_eq!(image.inner.allocator().ready_clusters, batch, "one filling-up is enough, and no more than was wanted");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn what_is_free_far_behind_is_found_where_the_file_cannot_grow() {
+        with_image(20, small_clusters(9), async |disk, image| {
+            let (image, free) = with_holes(&disk, image, &[1500..1600, 1700..1999]).await;
+            let end = image.inner.allocator().end;
+            drop(image);
+            let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+            disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there").set_len(end * 512).await.expect("sound");
+            disk.inject(Fault::lasting(OperationKind::SetLen, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
+            let image = open(&disk).await;
+            let mut taken = take_all(&image).await;
+            taken.sort_unstable();
+            assert_eq!(taken, free);
+            assert!(image.inner.allocate().await.is_err_and(|error| error.is_no_space()));
+        });
+    }
+
+    #[test]
+    fn a_failure_to_get_space_for_free_clusters_is_told_and_forgets_none() {
+        with_image(21, small_clusters(12), async |disk, image| {
+            let (image, free) = with_holes(&disk, image, &[3..4, 10..60, 700..703]).await;
+            disk.inject(Fault::once(OperationKind::Allocate, 0).with(FaultEffect::Error(libc::EIO)));
+            let told = image.inner.allocate().await.expect_err("a failure of the disk");
+            assert!(!told.is_no_space(), "{told}");
+            let mut found = Vec::new();
+            for _ in 0..free.len() {
+                found.push(allocate(&image).await.expect("space"));
+            }
+            found.sort_unstable();
+            assert_eq!(found, free);
+        });
+    }
+
+    #[test]
     fn free_clusters_without_space_are_tried_again_one_by_one() {
         with_image(12, small_clusters(12), async |disk, image| {
             let (image, free) = with_holes(&disk, image, &[3..4, 10..60, 700..703]).await;
