@@ -104,6 +104,14 @@ fn slot_words(slice_words: usize) -> usize {
     SLOT_HEADER_WORDS + slice_words
 }
 
+/// Says what is about to be stored where, for whoever comes after an end in the midst of it.
+fn announce(slot: &[AtomicU64], at: usize, entry: &[u64]) {
+    for (place, &word) in slot[REDO_WORDS..].iter().zip(entry) {
+        place.store(word, Ordering::Relaxed);
+    }
+    slot[REDO].store(at as u64 + 1, Ordering::Release);
+}
+
 impl Unwritten {
     /// Room for slices of so many words, none in use.
     pub(super) fn create(keeper: Arc<dyn MemoryKeeper>, owner: FileIdentity, slice_words: usize) -> std::io::Result<Arc<Self>> {
@@ -165,10 +173,7 @@ impl Unwritten {
     pub(super) fn change(&self, slot: u32, at: usize, entry: &[u64]) {
         let place = self.slot(slot);
         if entry.len() > 1 {
-            for (place, &word) in place[REDO_WORDS..].iter().zip(entry) {
-                place.store(word, Ordering::Relaxed);
-            }
-            place[REDO].store(at as u64 + 1, Ordering::Release);
+            announce(place, at, entry);
         }
         for (place, &word) in place[SLOT_HEADER_WORDS + at..].iter().zip(entry) {
             place.store(word, Ordering::Release);
@@ -448,7 +453,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, write};
+    use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image, write};
     use crate::qcow2::{CheckOptions, CreateOptions, OpenOptions, check};
     use crate::storage::kept::TestKeeper;
     use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
@@ -470,11 +475,14 @@ mod tests {
         let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
         let unwritten = Unwritten::create(Arc::clone(&keeper), OWNER, WORDS).expect("room");
         let found = keeper.find(unwritten.number).expect("no error").expect("just made");
+        assert_eq!(found.words().len(), HEADER_WORDS + unwritten.capacity * slot_words(WORDS), "each slot has its place");
         let (first, second) = (unwritten.try_promise().expect("room"), unwritten.try_promise().expect("room"));
         let slot = unwritten.put(first, key(1), &[1; WORDS]);
         let other = unwritten.put(second, key(2), &[2; WORDS]);
         unwritten.change(slot, 3, &[7]);
         unwritten.change(other, 6, &[8, 9]);
+        let announced = |slot| [REDO_WORDS, REDO_WORDS + 1].map(|at| unwritten.slot(slot)[at].load(Ordering::Relaxed));
+        assert_eq!((announced(slot), announced(other)), ([0, 0], [8, 9]), "one word is stored whole");
         let expected = [
             LeftSlice { key: key(1), words: vec![1, 1, 1, 7, 1, 1, 1, 1] },
             LeftSlice { key: key(2), words: vec![2, 2, 2, 2, 2, 2, 8, 9] },
@@ -494,12 +502,11 @@ mod tests {
         let slot = unwritten.put(unwritten.try_promise().expect("room"), key(0), &[1; WORDS]);
         // Ended between the two stores of an entry.
         let place = unwritten.slot(slot);
-        place[REDO_WORDS].store(5, Ordering::Relaxed);
-        place[REDO_WORDS + 1].store(6, Ordering::Relaxed);
-        assert_eq!(left(&unwritten)[0].words, [1; WORDS], "not before it is announced");
-        place[REDO].store(2 + 1, Ordering::Relaxed);
-        place[SLOT_HEADER_WORDS + 2].store(5, Ordering::Relaxed);
-        assert_eq!(left(&unwritten)[0].words, [1, 1, 5, 6, 1, 1, 1, 1]);
+        announce(place, 6, &[5, 6]);
+        place[SLOT_HEADER_WORDS + 6].store(5, Ordering::Relaxed);
+        assert_eq!(left(&unwritten)[0].words, [1, 1, 1, 1, 1, 1, 5, 6]);
+        place[REDO].store(0, Ordering::Relaxed);
+        assert_eq!(left(&unwritten)[0].words, [1, 1, 1, 1, 1, 1, 5, 1], "not before all is announced");
         place[REDO].store(WORDS as u64, Ordering::Relaxed);
         assert!(Unwritten::left(&*unwritten.memory, WORDS).is_err(), "outside");
     }
@@ -514,6 +521,21 @@ mod tests {
             image.keep(keeper).await.expect("sound");
         }
         image
+    }
+
+    #[test]
+    fn an_image_keeps_what_it_can_say_the_place_of_and_writes_the_rest_at_once() {
+        for version in [2, 3] {
+            with_image(22, CreateOptions { version, ..CreateOptions::standalone(64 << 20) }, async move |_, image| {
+                assert!(image.inner.unwritten.load().is_none());
+                let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+                image.keep(&keeper).await.expect("sound");
+                let number = image.inner.unwritten.load().as_ref().map(|unwritten| unwritten.number);
+                assert_eq!(image.inner.header().autoclear >> KEPT_SHIFT, number.unwrap_or_default().into(), "version {version}");
+                assert_eq!(number.is_some(), version == 3);
+                assert_eq!(image.inner.writes_at_once.load(Ordering::Acquire), version == 2);
+            });
+        }
     }
 
     /// The counts of clusters have been written and can be seen, and the flush after that has failed. Whoever comes next finds nothing to be
