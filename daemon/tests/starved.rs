@@ -9,7 +9,7 @@ mod skip;
 use std::os::unix::fs::chown;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
@@ -34,6 +34,8 @@ struct Setting {
     machine: Machine,
     link: Link,
     written: u8,
+    /// Bytes that the daemon may have more than it had, if that is limited.
+    room: u64,
     /// How often the daemon has ended for want of memory.
     ends: usize,
 }
@@ -59,7 +61,9 @@ impl Setting {
             None => Daemon::command(directory.path(), std::slice::from_ref(&device)),
             Some(user) => {
                 // The program may be where he cannot look.
-                std::fs::copy(env!("CARGO_BIN_EXE_snapfenced"), path("program")).expect("space");
+                // Not by us: children of ours that begin meanwhile would have it open for writing, and what is so cannot be run.
+                let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_snapfenced")).arg(path("program")).status();
+                assert!(copied.expect("cp").success());
                 for name in ["", "vda.qcow2", "vdb.qcow2"] {
                     chown(path(name), Some(user), Some(user)).expect("root may");
                 }
@@ -72,7 +76,7 @@ impl Setting {
         let client = daemon.client();
         let machine = Machine::new(1);
         let link = machine.connect(&path("vda.sock"));
-        Self { directory, user, device, daemon, client, machine, link, written: 0, ends: 0 }
+        Self { directory, user, device, daemon, client, machine, link, written: 0, room: u64::MAX, ends: 0 }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -113,9 +117,9 @@ impl Setting {
     fn start_again(&mut self, status: ExitStatus) {
         let log = self.daemon.log();
         let is_want = match status.signal() {
-            Some(libc::SIGABRT) => log.contains("memory allocation of"),
-            // The kernel's answer if the main thread's stack cannot grow.
-            Some(libc::SIGSEGV) => true,
+            Some(libc::SIGABRT) => log.contains("memory allocation of") || log.contains("failed to allocate"),
+            // The kernel's answer if the main thread's stack cannot grow, for which it needs little.
+            Some(libc::SIGSEGV) => self.room < 1 << 20,
             _ => false,
         };
         assert!(is_want, "{status}: {log}");
@@ -210,11 +214,12 @@ fn a_daemon_without_threads_says_so_and_goes_on() {
     let mut setting = Setting::without_requests(Some(POOR));
     // Nobody has flushed yet: the kernel needs a thread for that.
     let mut refusals = starve(&mut setting, "early", Resource::Nproc, 1..2);
+    assert_eq!(refusals.len(), 1, "the new device: {refusals:#?}");
     // After some time neither it nor we keep more threads than we must.
     std::thread::sleep(Duration::from_secs(6));
     let used = setting.daemon.all_threads() as u64;
     refusals.extend(starve(&mut setting, "late", Resource::Nproc, [1].into_iter().chain(used..used + 6)));
-    assert!(refusals.len() > 4, "{refusals:#?}");
+    assert!(refusals.len() > 1, "{refusals:#?}");
     for refusal in &refusals {
         assert!(refusal.contains("device 'vdb': ") && refusal.contains("Resource temporarily unavailable"), "{refusal}");
     }
@@ -226,10 +231,13 @@ fn a_daemon_without_memory_says_so_or_ends_and_the_next_goes_on() {
     let mut refused = 0;
     for kib in [0, 16, 64, 256, 1024, 2048, 3072, 4096, 8192, 16384, 65536, 131_072] {
         let mut setting = Setting::new();
-        setting.limit(Resource::As, Some(setting.daemon.addresses() + kib * 1024));
+        setting.room = kib * 1024;
+        setting.limit(Resource::As, Some(setting.daemon.addresses() + setting.room));
         let refusals = setting.ask("s0");
+        // It may have ended after the guest's last request.
+        setting.guest_goes_on();
         println!("{kib} KiB more: ended {} times, {refusals:?}", setting.ends);
-        refused += refusals.len();
+        refused += refusals.iter().filter(|refusal| refusal.contains("Cannot allocate memory")).count();
         setting.limit(Resource::As, None);
         setting.end();
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use snapfence::protocol::{BlockErrorAction, BlockIoError, DeviceEvent, Event, IoOperationType};
-use snapfence_image_format::runtime::offload;
+use snapfence_image_format::runtime::{offload, offload_apart};
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::UringEnvironment;
 
@@ -211,7 +211,7 @@ impl Export for VhostExport {
         let Self { server, device, assignment, workers } = self;
         drop(device);
         server.begin_stop();
-        if let Err(error) = offload(move || drop(server)).await {
+        if let Err(error) = offload_apart(move || drop(server)).await {
             tracing::warn!(event = "stop_failed", %error, "a device could not be stopped in good order");
         }
         workers.borrow_mut().give_back(assignment);

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use futures_util::future::join_all;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use snapfence_image_format::runtime::offload;
+use snapfence_image_format::runtime::offload_apart;
 use snapfence_image_format::storage::kept::MemoryKeeper;
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
 
@@ -139,7 +139,7 @@ async fn serve(manager: &Daemon, server: control::Server, inbox: &Inbox, stop: &
     tell_systemd(&[sd_notify::NotifyState::Stopping]);
     // Clients can still ask how far it is; what would begin something new is refused.
     let stopped = until(manager.stop(), obey()).await;
-    offload(move || server.stop()).await.context("cannot stop the control socket")?;
+    offload_apart(move || server.stop()).await.context("cannot stop the control socket")?;
     match stopped {
         Ok(()) => Ok(()),
         Err(devices) => bail!("not everything is durable on: {}", devices.join(", ")),

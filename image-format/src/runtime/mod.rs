@@ -6,6 +6,6 @@ mod turns;
 mod wait;
 
 pub use executor::{Executor, Unpark, spawn};
-pub use offload::{offload, offload_detached};
+pub use offload::{offload, offload_apart, offload_detached};
 pub use turns::next_turn;
 pub use wait::WaitQueue;

@@ -45,26 +45,46 @@ impl Pool {
     fn submit(&'static self, job: Job) -> Result<(), (io::Error, Job)> {
         let mut state = self.lock();
         state.queue.push_back(job);
-        if state.idle < state.queue.len() && state.threads < MAX_THREADS {
-            match std::thread::Builder::new().name("offload".to_owned()).spawn(move || self.work()) {
-                Ok(_) => state.threads += 1,
-                Err(error) if state.threads == 0 => return Err((error, state.queue.pop_back().expect("just pushed"))),
-                // One of those that there are does it when it is done.
-                Err(error) => tracing::warn!(event = "no_thread", cause = %error, threads = state.threads, "work waits for a thread"),
-            }
+        let grown = self.grow(&mut state);
+        let threads = state.threads;
+        if threads == 0
+            && let Err(error) = grown
+        {
+            return Err((error, state.queue.pop_back().expect("just pushed")));
         }
         drop(state);
         self.more.notify_one();
+        if let Err(cause) = grown {
+            // One of those that there are does it when it is done.
+            tracing::warn!(event = "no_thread", %cause, threads, "work waits for a thread");
+        }
         Ok(())
     }
 
-    fn work(&self) {
+    /// Adds a thread if there is more to do than idle ones can.
+    fn grow(&'static self, state: &mut State) -> io::Result<()> {
+        if state.idle >= state.queue.len() {
+            return Ok(());
+        }
+        if state.threads >= MAX_THREADS {
+            return Err(io::Error::other("all of them hang"));
+        }
+        std::thread::Builder::new().name("offload".to_owned()).spawn(move || self.work())?;
+        state.threads += 1;
+        Ok(())
+    }
+
+    fn work(&'static self) {
         let mut state = self.lock();
         loop {
             if let Some(job) = state.queue.pop_front() {
+                // What waits for want of a thread perhaps need not any more; if it must, it has been said.
+                let _ = self.grow(&mut state);
                 drop(state);
-                // Whoever waits for it is told, by what the job owns.
-                let _ = catch_unwind(AssertUnwindSafe(job));
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
+                    // Whoever waits for it is told, by what the job owned. What was thrown might throw in its turn.
+                    std::mem::forget(panic);
+                }
                 state = self.lock();
                 continue;
             }
@@ -96,6 +116,11 @@ impl<T> Outcome<T> {
     fn lock(&self) -> MutexGuard<'_, Option<Option<T>>> {
         self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    async fn wait(&self) -> io::Result<T> {
+        let value = self.arrived.wait_until(|| self.lock().take()).await;
+        value.ok_or_else(|| io::Error::other("the thread that did it has panicked"))
+    }
 }
 
 /// Tells that the work has ended, however it did.
@@ -116,16 +141,43 @@ pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
     offload_to(&POOL, work).await
 }
 
+/// As [`offload`], on a thread that does nothing else if the system gives one: for work that takes long, or waits for work that is offloaded.
+///
+/// # Errors
+/// As [`offload`].
+pub async fn offload_apart<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let (job, outcome) = prepare(work);
+    let job = Arc::new(Mutex::new(Some(job)));
+    let own = Arc::clone(&job);
+    let take = |job: &Mutex<Option<Job>>| job.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let spawned = std::thread::Builder::new().name("offload apart".to_owned()).spawn(move || take(&own).map(|job| job()));
+    if spawned.is_err()
+        && let Some(job) = take(&job)
+    {
+        POOL.submit(job).map_err(refused)?;
+    }
+    outcome.wait().await
+}
+
 async fn offload_to<T: Send + 'static>(pool: &'static Pool, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let (job, outcome) = prepare(work);
+    pool.submit(job).map_err(refused)?;
+    outcome.wait().await
+}
+
+fn prepare<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> (Job, Arc<Outcome<T>>) {
     let outcome = Arc::new(Outcome { value: Mutex::new(None), arrived: WaitQueue::new() });
     let ending = Ending(Arc::clone(&outcome));
     let job = move || {
         let value = work();
         *ending.0.lock() = Some(Some(value));
     };
-    pool.submit(Box::new(job)).map_err(|(error, _)| io::Error::new(error.kind(), format!("no thread to do it: {error}")))?;
-    let value = outcome.arrived.wait_until(|| outcome.lock().take()).await;
-    value.ok_or_else(|| io::Error::other("the thread that did it has panicked"))
+    (Box::new(job), outcome)
+}
+
+/// Not of the kind that the system gives it, which says of other calls that they would have to wait.
+fn refused((error, _): (io::Error, Job)) -> io::Error {
+    io::Error::other(format!("no thread to do it: {error}"))
 }
 
 /// Runs `work`, which may block, on another thread; on this one if the system gives none.
@@ -174,6 +226,30 @@ mod tests {
             .collect();
         let results: Vec<i32> = waiting.iter_mut().map(|future| wait_for(future).expect("threads")).collect();
         assert_eq!(results, [0, 1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn work_apart_is_not_the_work_of_the_pool() {
+        let name = || std::thread::current().name().map(str::to_owned);
+        assert_eq!(wait_for(offload_apart(name)).expect("a thread").as_deref(), Some("offload apart"));
+        assert_eq!(wait_for(offload(name)).expect("a thread").as_deref(), Some("offload"));
+    }
+
+    /// As after a time in which the system gave none.
+    #[test]
+    fn threads_that_were_lacking_are_made_when_work_is_taken() {
+        let pool = pool();
+        let together = Arc::new(Barrier::new(4));
+        let mut outcomes = Vec::new();
+        for _ in 0..3 {
+            let together = Arc::clone(&together);
+            let (job, outcome) = prepare(move || together.wait().is_leader());
+            pool.lock().queue.push_back(job);
+            outcomes.push(outcome);
+        }
+        let last = wait_for(offload_to(pool, move || together.wait().is_leader())).expect("a thread");
+        let leaders = outcomes.iter().filter(|outcome| wait_for(outcome.wait()).expect("a thread")).count();
+        assert_eq!(leaders + usize::from(last), 1);
     }
 
     #[test]

@@ -209,7 +209,9 @@ impl Storage for UringFile {
 
     async fn flush(&self) -> io::Result<()> {
         let entry = opcode::Fsync::new(self.target()).flags(types::FsyncFlags::DATASYNC).build();
-        self.call(entry, CallKind::Once).await
+        // A file server may say of its own what the kernel says of operations that it has not begun.
+        let kind = if self.file.medium == Medium::Served { CallKind::Once } else { CallKind::OnceBegun };
+        self.call(entry, kind).await
     }
 
     async fn allocate(&self, at: HostOffset, len: u64) -> io::Result<()> {

@@ -85,6 +85,8 @@ pub(super) enum CallKind {
     Plain,
     /// A number, and never repeated: a flush that failed in any way has perhaps thrown away the news of a failed write.
     Once,
+    /// The same, but what the kernel has not begun for want of a thread is tried again. Only for files of which nobody else says that.
+    OnceBegun,
     /// Ends by running out.
     Timer,
 }
@@ -106,12 +108,17 @@ impl CallWork {
     }
 
     fn advance(&mut self, result: i32) -> Next {
-        if is_transient(result) && self.kind == CallKind::Plain && self.attempts < MAX_ATTEMPTS {
+        let tries_again = match self.kind {
+            CallKind::Plain => is_transient(result),
+            CallKind::OnceBegun => result == -libc::ECANCELED,
+            CallKind::Once | CallKind::Timer => false,
+        };
+        if tries_again && self.attempts < MAX_ATTEMPTS {
             self.attempts += 1;
             return Next::Again;
         }
         Next::Finished(match self.kind {
-            CallKind::Plain | CallKind::Once => Output::Value(value(result)),
+            CallKind::Plain | CallKind::Once | CallKind::OnceBegun => Output::Value(value(result)),
             CallKind::Timer if result == -libc::ETIME => Output::Value(Ok(0)),
             CallKind::Timer => Output::Value(value(result)),
         })
@@ -155,4 +162,28 @@ impl WatchWork {
 fn can_wait(fd: &OwnedFd) -> bool {
     let Ok(epoll) = epoll::create(epoll::CreateFlags::CLOEXEC) else { return true };
     epoll::add(&epoll, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN) != Err(rustix::io::Errno::PERM)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn advance(kind: CallKind, error: i32) -> Next {
+        // SAFETY: it points to nothing.
+        let mut call = unsafe { CallWork::new(opcode::Nop::new().build(), kind, Rc::new(())) };
+        call.advance(-error)
+    }
+
+    #[test]
+    fn only_what_was_not_done_is_done_again() {
+        let errors = [libc::EINTR, libc::EAGAIN, libc::ECANCELED, libc::EIO];
+        for (kind, again) in [
+            (CallKind::Plain, [true, true, true, false]),
+            (CallKind::Once, [false; 4]),
+            (CallKind::OnceBegun, [false, false, true, false]),
+            (CallKind::Timer, [false; 4]),
+        ] {
+            assert_eq!(errors.map(|error| matches!(advance(kind, error), Next::Again)), again, "{kind:?}");
+        }
+    }
 }

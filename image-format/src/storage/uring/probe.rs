@@ -1,8 +1,14 @@
 //! What the kernel's io_uring offers, and the best ring that it gives.
 
+use std::time::Duration;
 use std::{fmt, io};
 
-use io_uring::{IoUring, Probe, opcode, squeue};
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+
+use super::environment::monotonic;
+
+/// How long the kernel has for making a thread.
+const WORKER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How completions reach the thread that owns the ring: the better ones interrupt it less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,10 +47,7 @@ pub(super) fn build(entries: u32) -> io::Result<Capable> {
     let mut refused = io::Error::from(io::ErrorKind::InvalidInput);
     for tier in [Tier::Deferred, Tier::Cooperative, Tier::Plain] {
         match build_exactly(tier, entries) {
-            Ok(mut capable) => {
-                start_worker(&mut capable.uring)?;
-                return Ok(capable);
-            }
+            Ok(capable) => return Ok(capable),
             // An unknown flag: the next tier asks for less.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
             Err(error) => return Err(explain(error)),
@@ -55,7 +58,9 @@ pub(super) fn build(entries: u32) -> io::Result<Capable> {
 
 /// A ring of exactly this tier: `EINVAL` if the kernel does not know it.
 fn build_exactly(tier: Tier, entries: u32) -> io::Result<Capable> {
-    examine(build_tier(tier, entries)?, tier)
+    let mut capable = examine(build_tier(tier, entries)?, tier)?;
+    start_worker(&mut capable.uring)?;
+    Ok(capable)
 }
 
 fn build_tier(tier: Tier, entries: u32) -> io::Result<IoUring> {
@@ -86,23 +91,28 @@ fn examine(uring: IoUring, tier: Tier) -> io::Result<Capable> {
     Ok(Capable { uring, tier, truncates })
 }
 
-/// Has the kernel make the thread to which it hands what it cannot do at once, flushes above all. The last such thread of a ring stays, so with it
-/// more work only takes longer; without it, and with no thread to be had, the kernel ends such operations undone.
+/// Has the kernel make the thread to which it hands what it cannot do at once, flushes above all. The last such thread of a ring stays if nobody
+/// changes which processors it may use, so with it more work only takes longer; without it, and with no thread to be had, the kernel ends such
+/// operations undone, or (older ones) tries for ever.
 fn start_worker(uring: &mut IoUring) -> io::Result<()> {
     let entry = opcode::Nop::new().build().flags(squeue::Flags::ASYNC);
     // SAFETY: it points to nothing.
     unsafe { uring.submission().push(&entry) }.expect("a new ring has room");
+    let deadline = monotonic() + WORKER_PATIENCE;
     loop {
-        match uring.submit_and_wait(1) {
-            Err(error) if error.raw_os_error() != Some(libc::EINTR) => return Err(explain(error)),
-            Ok(_) | Err(_) => {}
-        }
-        let Some(completion) = uring.completion().next() else { continue };
-        return match completion.result() {
-            0.. => Ok(()),
+        let left = types::Timespec::from(deadline.saturating_sub(monotonic()));
+        let waited = uring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&left));
+        let result = match (uring.completion().next(), waited) {
+            (Some(completion), _) => completion.result(),
+            (None, Err(error)) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME)) => return Err(error),
+            (None, _) if monotonic() >= deadline => -libc::EAGAIN,
+            (None, _) => continue,
+        };
+        return match -result {
             // Nobody else cancels it.
-            result if result == -libc::ECANCELED => Err(explain(io::Error::from_raw_os_error(libc::EAGAIN))),
-            result => Err(explain(io::Error::from_raw_os_error(-result))),
+            libc::ECANCELED => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+            error if error > 0 => Err(io::Error::from_raw_os_error(error)),
+            _ => Ok(()),
         };
     }
 }
