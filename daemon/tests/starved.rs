@@ -35,7 +35,7 @@ struct Setting {
     link: Link,
     written: u8,
     /// Bytes that the daemon may have more than it had, if that is limited.
-    room: u64,
+    room: Option<u64>,
     /// How often the daemon has ended for want of memory.
     ends: usize,
 }
@@ -76,7 +76,7 @@ impl Setting {
         let client = daemon.client();
         let machine = Machine::new(1);
         let link = machine.connect(&path("vda.sock"));
-        Self { directory, user, device, daemon, client, machine, link, written: 0, room: u64::MAX, ends: 0 }
+        Self { directory, user, device, daemon, client, machine, link, written: 0, room: None, ends: 0 }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -116,10 +116,11 @@ impl Setting {
     /// After the daemon has ended like this, which only want of memory may bring about.
     fn start_again(&mut self, status: ExitStatus) {
         let log = self.daemon.log();
-        let is_want = match status.signal() {
-            Some(libc::SIGABRT) => log.contains("memory allocation of") || log.contains("failed to allocate"),
+        // The next one has all that it wants.
+        let is_want = match (status.signal(), self.room.take()) {
+            (Some(libc::SIGABRT), Some(_)) => log.contains("memory allocation of") || log.contains("failed to allocate"),
             // The kernel's answer if the main thread's stack cannot grow, for which it needs little.
-            Some(libc::SIGSEGV) => self.room < 1 << 20,
+            (Some(libc::SIGSEGV), Some(room)) => room < 1 << 20,
             _ => false,
         };
         assert!(is_want, "{status}: {log}");
@@ -231,14 +232,16 @@ fn a_daemon_without_memory_says_so_or_ends_and_the_next_goes_on() {
     let mut refused = 0;
     for kib in [0, 16, 64, 256, 1024, 2048, 3072, 4096, 8192, 16384, 65536, 131_072] {
         let mut setting = Setting::new();
-        setting.room = kib * 1024;
-        setting.limit(Resource::As, Some(setting.daemon.addresses() + setting.room));
+        let room = kib * 1024;
+        setting.room = Some(room);
+        setting.limit(Resource::As, Some(setting.daemon.addresses() + room));
         let refusals = setting.ask("s0");
         // It may have ended after the guest's last request.
         setting.guest_goes_on();
         println!("{kib} KiB more: ended {} times, {refusals:?}", setting.ends);
         refused += refusals.iter().filter(|refusal| refusal.contains("Cannot allocate memory")).count();
         setting.limit(Resource::As, None);
+        setting.room = None;
         setting.end();
     }
     assert!(refused > 0, "the limit is not felt");

@@ -72,7 +72,7 @@ impl Daemon {
     pub(crate) fn wait_until(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self) {
-            assert!(self.child.try_wait().expect("a child").is_none(), "the daemon has ended");
+            assert!(self.end().is_none(), "the daemon has ended");
             assert!(Instant::now() < deadline, "waited in vain for {what}");
             std::thread::sleep(POLL);
         }
@@ -171,7 +171,7 @@ impl Daemon {
     pub(crate) fn await_end(mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(status) = self.child.try_wait().expect("a child") {
+            if let Some(status) = self.end() {
                 return status;
             }
             assert!(Instant::now() < deadline, "it does not end");

@@ -546,6 +546,14 @@ mod tests {
         SimulatedImage::open(file, OpenOptions::writing()).await.expect("an image")
     }
 
+    /// Opens it on a medium of so many bytes, no more.
+    async fn open_on_fixed_medium(disk: &SimulatedEnvironment, bytes: u64) -> SimulatedImage {
+        let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+        disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there").set_len(bytes).await.expect("sound");
+        disk.inject(Fault::lasting(OperationKind::SetLen, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
+        open(disk).await
+    }
+
     /// An image full of data but for some clusters of the disk, which were discarded; opened again. Answers with the
     /// clusters of the file that nothing uses as well.
     async fn with_holes(disk: &SimulatedEnvironment, image: SimulatedImage, discarded: &[Range<u64>]) -> (SimulatedImage, Vec<u64>) {
@@ -633,10 +641,7 @@ mod tests {
             let (image, free) = with_holes(&disk, image, &[1500..1600, 1700..1999]).await;
             let end = image.inner.allocator().end;
             drop(image);
-            let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
-            disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there").set_len(end * 512).await.expect("sound");
-            disk.inject(Fault::lasting(OperationKind::SetLen, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
-            let image = open(&disk).await;
+            let image = open_on_fixed_medium(&disk, end * 512).await;
             let mut taken = take_all(&image).await;
             taken.sort_unstable();
             assert_eq!(taken, free);
@@ -743,10 +748,7 @@ mod tests {
     fn a_medium_that_cannot_grow_is_used_to_its_end() {
         with_image(16, small_clusters(12), async |disk, image| {
             drop(image);
-            let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
-            disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there").set_len(40 * 4096).await.expect("sound");
-            disk.inject(Fault::lasting(OperationKind::SetLen, 0).with(FaultEffect::Error(libc::EOPNOTSUPP)));
-            let image = open(&disk).await;
+            let image = open_on_fixed_medium(&disk, 40 * 4096).await;
             let end = image.inner.allocator().end;
             assert!(end < 20);
             assert_eq!(take_all(&image).await, (end..40).collect::<Vec<_>>());

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ struct Pool {
 struct State {
     queue: VecDeque<Job>,
     threads: usize,
-    /// Threads that wait, those included that have been woken for something in the queue.
+    /// Threads that wait or have just been made, those included that have been woken for something in the queue.
     idle: usize,
 }
 
@@ -61,21 +62,19 @@ impl Pool {
         Ok(())
     }
 
-    /// Adds a thread if there is more to do than idle ones can.
+    /// Adds a thread if there is more to do than idle ones can, and there are not so many already.
     fn grow(&'static self, state: &mut State) -> io::Result<()> {
-        if state.idle >= state.queue.len() {
-            return Ok(());
+        if state.idle < state.queue.len() && state.threads < MAX_THREADS {
+            std::thread::Builder::new().name("offload".to_owned()).spawn(move || self.work())?;
+            state.threads += 1;
+            state.idle += 1;
         }
-        if state.threads >= MAX_THREADS {
-            return Err(io::Error::other("all of them hang"));
-        }
-        std::thread::Builder::new().name("offload".to_owned()).spawn(move || self.work())?;
-        state.threads += 1;
         Ok(())
     }
 
     fn work(&'static self) {
         let mut state = self.lock();
+        state.idle -= 1;
         loop {
             if let Some(job) = state.queue.pop_front() {
                 // What waits for want of a thread perhaps need not any more; if it must, it has been said.
@@ -147,14 +146,11 @@ pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
 /// As [`offload`].
 pub async fn offload_apart<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     let (job, outcome) = prepare(work);
-    let job = Arc::new(Mutex::new(Some(job)));
-    let own = Arc::clone(&job);
-    let take = |job: &Mutex<Option<Job>>| job.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let spawned = std::thread::Builder::new().name("offload apart".to_owned()).spawn(move || take(&own).map(|job| job()));
-    if spawned.is_err()
-        && let Some(job) = take(&job)
-    {
-        POOL.submit(job).map_err(refused)?;
+    // The job is handed over afterwards: what a thread that cannot be made was given would be lost.
+    let (sender, receiver) = channel::<Job>();
+    match std::thread::Builder::new().name("offload apart".to_owned()).spawn(move || receiver.recv().map(|job| job())) {
+        Ok(_) => sender.send(job).expect("the thread waits for it"),
+        Err(_) => POOL.submit(job).map_err(refused)?,
     }
     outcome.wait().await
 }
@@ -226,6 +222,7 @@ mod tests {
             .collect();
         let results: Vec<i32> = waiting.iter_mut().map(|future| wait_for(future).expect("threads")).collect();
         assert_eq!(results, [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(pool.lock().threads, 8, "one each");
     }
 
     #[test]
@@ -250,6 +247,7 @@ mod tests {
         let last = wait_for(offload_to(pool, move || together.wait().is_leader())).expect("a thread");
         let leaders = outcomes.iter().filter(|outcome| wait_for(outcome.wait()).expect("a thread")).count();
         assert_eq!(leaders + usize::from(last), 1);
+        assert_eq!(pool.lock().threads, 4, "one each");
     }
 
     #[test]
