@@ -8,11 +8,12 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
-use std::io;
+use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{io, slice};
 
-use zerocopy::FromZeros;
+use rustix::mm::{self, MapFlags, ProtFlags};
 
 use super::simulated::SimulatedEnvironment;
 use super::{FileIdentity, Storage};
@@ -96,12 +97,39 @@ struct Kept {
     failed: Vec<(Incarnation, Failure)>,
 }
 
+/// Fresh from the system: of megabytes hardly anything is used, and an allocator fills with zeros what it has had before.
 #[derive(Debug)]
-struct Words(Box<[AtomicU64]>);
+struct Words {
+    start: NonNull<AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: the memory belongs to this value alone, and is reached through atomic words only.
+unsafe impl Send for Words {}
+// SAFETY: as above.
+unsafe impl Sync for Words {}
+
+impl Words {
+    fn new(count: usize) -> io::Result<Self> {
+        let bytes = count.checked_mul(size_of::<AtomicU64>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
+        let start = unsafe { mm::mmap_anonymous(ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }?;
+        Ok(Self { start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?, count })
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made with this length, and whoever looks at it borrows this value.
+        let unmapped = unsafe { mm::munmap(self.start.as_ptr().cast(), self.count * size_of::<AtomicU64>()) };
+        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+    }
+}
 
 impl KeptMemory for Words {
     fn words(&self) -> &[AtomicU64] {
-        &self.0
+        // SAFETY: so many words are mapped as long as this value is, aligned to a page, and zeros are valid words.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.count) }
     }
 }
 
@@ -131,10 +159,10 @@ impl TestKeeper {
 
 impl MemoryKeeper for TestKeeper {
     fn create(&self, owner: FileIdentity, words: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
-        let zeros = <[AtomicU64]>::new_box_zeroed_with_elems(words).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let memory = Arc::new(Words::new(words)?);
         let mut kept = self.kept();
         kept.last_number += 1;
-        let (number, memory) = (kept.last_number, Arc::new(Words(zeros)));
+        let number = kept.last_number;
         kept.memory.insert(number, (owner, Arc::clone(&memory)));
         Ok((number, memory))
     }
