@@ -130,12 +130,14 @@ impl<E: Environment> Inner<E> {
             let _ = self.file.punch(at, (run.end - run.start) * geometry.cluster_bytes()).await;
         }
         while end > self.opened_clusters {
-            let last = HostCluster(end - 1);
-            self.load_refcounts(geometry.locate_refcount(last).0, turn).await?;
-            if self.allocator().refcounts.get(last) != Some(0) {
+            let block = geometry.locate_refcount(HostCluster(end - 1)).0;
+            self.load_refcounts(block, turn).await?;
+            let first = self.opened_clusters.max(block * geometry.refcounts_per_block());
+            let Some(end_in_use) = self.allocator().refcounts.end_in_use(first..end) else { break };
+            end = end_in_use;
+            if end > first {
                 break;
             }
-            end -= 1;
         }
         Ok(HostCluster(end))
     }

@@ -146,6 +146,20 @@ impl Refcounts {
         }
     }
 
+    /// The end of the last cluster in use among these of one block, or their start if none is; `None` if the block is not in memory.
+    pub(super) fn end_in_use(&self, clusters: Range<u64>) -> Option<u64> {
+        let (index, first) = self.geometry.locate_refcount(HostCluster(clusters.start));
+        debug_assert!(clusters.end <= (index + 1) * self.geometry.refcounts_per_block(), "{clusters:?} are of one block");
+        let block = match self.block_state(index) {
+            BlockState::Missing => return Some(clusters.start),
+            BlockState::Unloaded(_) => return None,
+            BlockState::Loaded => &self.blocks[&index],
+        };
+        let entries = first..first + usize::try_from(clusters.end - clusters.start).expect("a block has at most 2^24 refcounts");
+        let last = entries.rev().find(|&entry| read_refcount(&block.bytes, entry, self.geometry.refcount_bits()) != 0);
+        Some(clusters.start + last.map_or(0, |last| (last - first) as u64 + 1))
+    }
+
     /// Sets a refcount. Its block must be in memory, and the value must fit.
     pub(super) fn set(&mut self, cluster: HostCluster, value: u64) {
         let bits = self.geometry.refcount_bits();
@@ -372,6 +386,29 @@ mod tests {
         assert_eq!(writes.entries.len(), 1);
         let again = refcounts.take_writes();
         assert!(again.blocks.is_empty() && again.entries.is_empty() && again.moved_to.is_none());
+    }
+
+    #[test]
+    fn what_is_in_use_ends_after_the_last_count_of_a_block_that_is_not_zero() {
+        let mut refcounts = empty(9, 4, 64);
+        // Block 2 is where nobody has looked.
+        refcounts.table[2] = 512;
+        refcounts.make_block(1, HostCluster(256));
+        refcounts.set(HostCluster(300), 7);
+        for (clusters, end) in [
+            (0..256, Some(0)),
+            (255..256, Some(255)),
+            (256..512, Some(301)),
+            (256..301, Some(301)),
+            (256..300, Some(257)),
+            (300..512, Some(301)),
+            (301..512, Some(301)),
+            (301..301, Some(301)),
+            (512..700, None),
+            (100 * 256..100 * 256 + 1, Some(100 * 256)),
+        ] {
+            assert_eq!(refcounts.end_in_use(clusters.clone()), end, "{clusters:?}");
+        }
     }
 
     #[test]
