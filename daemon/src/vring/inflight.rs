@@ -449,18 +449,36 @@ mod tests {
     fn a_new_record_is_sealed_and_empty_and_has_a_part_for_each_queue() {
         let (layout, file) = InflightLog::create(3, 128, LIMITS).expect("memory");
         assert_eq!((layout.bytes, layout.offset, layout.queues, layout.queue_size), (3 * 2112, 0, 3, 128), "as QEMU's library lays it out");
-        assert!(rustix::fs::ftruncate(&file, 0).is_err(), "nobody can make it shorter");
+        for other in [0, layout.bytes + 4096] {
+            assert!(rustix::fs::ftruncate(&file, other).is_err(), "nobody can make it shorter or longer");
+        }
+        assert!(rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).is_err(), "nor seal it against the daemon");
         let log = InflightLog::map(layout, file.into(), LIMITS).expect("what was just made");
         assert!(log.queue(3).is_none());
         for index in 0..3 {
             let mut queue = log.queue(index).expect("one of three");
             assert_eq!(queue.recover(128, 7), (vec![], false));
-            queue.taken(5);
             queue.taken(127);
+            queue.taken(5);
             queue.taken(0);
         }
         for index in 0..3 {
-            assert_eq!(log.queue(index).expect("one of three").recover(128, 7), (vec![5, 127, 0], true));
+            assert_eq!(log.queue(index).expect("one of three").recover(128, 7), (vec![127, 5, 0], true));
+        }
+    }
+
+    #[test]
+    fn only_as_many_chains_as_the_ring_has_were_given_back_in_one_batch() {
+        let (layout, file) = InflightLog::create(1, 8, LIMITS).expect("memory");
+        let log = InflightLog::map(layout, file.into(), LIMITS).expect("just made");
+        for (used_index, left) in [(8, vec![]), (9, vec![0, 1])] {
+            let mut queue = log.queue(0).expect("the only one");
+            queue.forget(0);
+            for head in 0..2 {
+                queue.taken(head);
+                queue.giving_back(head);
+            }
+            assert_eq!(queue.recover(8, used_index), (left, true), "a used index of {used_index}");
         }
     }
 
