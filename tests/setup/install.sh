@@ -28,6 +28,7 @@ packages=(
 	mount procps
 	fuse2fs                                       # a file server that can be made to hang
 	valgrind                                      # counts instructions
+	libfaketime                                   # a clock that can be set
 )
 python_packages=(qemu.qmp==0.0.6)
 cargo_fuzz=0.13.2
