@@ -370,3 +370,70 @@ impl<E: Environment> Drop for Allocation<E> {
         shard.ended.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::CreateOptions;
+    use crate::qcow2::testing::{with_image, write};
+
+    #[test]
+    fn only_whole_sectors_of_the_disk_are_reserved() {
+        with_image(1, CreateOptions::standalone(1 << 20), async |_, image| {
+            for (at, len) in [(0, 0), (0, 511), (256, 512), ((1 << 20) - 512, 1024), (1 << 20, 512)] {
+                let range = GuestRange::new(GuestOffset::new(at), len);
+                let refused = image.reserve(range).await;
+                assert!(matches!(refused, Err(LayerError::OutOfRange { .. })), "{range:?}: {refused:?}");
+            }
+            write(&image, (1 << 20) - 512, 512).await;
+        });
+    }
+
+    #[test]
+    fn what_has_its_bytes_already_is_not_widened_into() {
+        let options = CreateOptions { extended_l2: true, ..CreateOptions::standalone(1 << 20) };
+        with_image(2, options, async |_, image| {
+            let standard = Standard { host: Some(HostOffset::new(7 << 16)), copied: true, allocated: 0b1100, zero: 0 };
+            let subcluster = 2048;
+            for (start, end, claimed) in [
+                // Both ends are where the bytes are, one of them, and none.
+                (2 * subcluster + 512, 3 * subcluster + 512, 2 * subcluster + 512..3 * subcluster + 512),
+                (2 * subcluster + 512, 4 * subcluster + 512, 2 * subcluster + 512..5 * subcluster),
+                (subcluster + 512, 3 * subcluster + 512, subcluster..3 * subcluster + 512),
+                (subcluster + 512, 4 * subcluster + 512, subcluster..5 * subcluster),
+            ] {
+                let range = GuestRange::between(GuestOffset::new(start), GuestOffset::new(end));
+                let claim = image.inner.claim(Entry::Standard(standard), range);
+                assert_eq!(claim.range.start.get()..claim.range.end().get(), claimed, "of {range:?}");
+                assert_eq!(claim.own, standard.host);
+            }
+        });
+    }
+
+    #[test]
+    fn a_new_table_is_known_as_metadata() {
+        with_image(3, CreateOptions::standalone(1 << 20), async |_, image| {
+            write(&image, 0, 4096).await;
+            let Some(Table { at, .. }) = image.inner.l1().table(0) else { panic!("a table") };
+            assert!(image.inner.metadata().contains(image.inner.format.geometry.host_cluster(at).0));
+        });
+    }
+
+    #[test]
+    fn who_writes_waits_once_too_much_is_unwritten() {
+        // A slice is a table here, and covers 2 MiB of the disk.
+        let (options, limit) = (CreateOptions { cluster_bits: 12, ..CreateOptions::standalone(16 << 30) }, DIRTY_LIMIT_BYTES / 4096);
+        with_image(4, options, async move |_, image| {
+            let unwritten = || image.inner.dirty.lock().unwrap_or_else(PoisonError::into_inner).len();
+            for slice in 0..limit {
+                write(&image, (slice as u64) << 21, 4096).await;
+            }
+            image.inner.bound_dirty().await.expect("sound");
+            assert_eq!(unwritten(), limit);
+            write(&image, (limit as u64) << 21, 4096).await;
+            assert_eq!(unwritten(), limit + 1);
+            image.inner.bound_dirty().await.expect("sound");
+            assert_eq!(unwritten(), 0);
+        });
+    }
+}
