@@ -453,11 +453,13 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::extent::{Extent, ExtentList};
     use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image, write};
     use crate::qcow2::{CheckOptions, CreateOptions, OpenOptions, check};
     use crate::storage::kept::TestKeeper;
     use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
     use crate::storage::{Access, CacheMode, Location};
+    use crate::units::{GuestOffset, GuestRange};
 
     const WORDS: usize = 8;
     const OWNER: FileIdentity = FileIdentity { device: 1, inode: 2 };
@@ -547,13 +549,8 @@ mod tests {
             let disk = SimulatedEnvironment::new(seed);
             let (first, kept) = (disk.clone(), Arc::clone(&keeper));
             Simulation::on(disk.clone()).block_on(async move {
-                let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
-                let file = first.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
-                SimulatedImage::create(&file, &CreateOptions { version, ..CreateOptions::standalone(64 << 20) }).await.expect("created");
-                file.flush().await.expect("sound");
-                first.flush_directory(Path::new("/")).await.expect("sound");
-                drop(file);
-                let image = open(&first, &kept, later).await;
+                let image = create(&first, &kept, &CreateOptions { version, ..CreateOptions::standalone(64 << 20) }, later).await;
+                assert!(!image.inner.has_lost());
                 // It gets a table, which the next one has as well.
                 write(&image, 0, 4096).await;
                 image.flush().await.expect("sound");
@@ -564,7 +561,9 @@ mod tests {
             let disk = disk.killed();
             let second = disk.clone();
             Simulation::on(disk.clone()).block_on(async move {
-                open(&second, &keeper, later).await.flush().await.expect("sound");
+                let image = open(&second, &keeper, later).await;
+                assert!(!image.inner.has_lost(), "it has been written once more");
+                image.flush().await.expect("sound");
             });
             let disk = disk.crash();
             let third = disk.clone();
@@ -573,6 +572,138 @@ mod tests {
                 let file = third.open(&at, Access::Read, CacheMode::Direct).await.expect("there");
                 let report = check(&file, &CheckOptions::default()).await.expect("an image");
                 assert_eq!(report.corruptions, 0, "seed {seed}, version {version}: {:?}", report.findings);
+            });
+        }
+    }
+
+    /// A new image on this disk, opened with the keeper, or given it later.
+    async fn create(disk: &SimulatedEnvironment, keeper: &Arc<dyn MemoryKeeper>, options: &CreateOptions, later: bool) -> SimulatedImage {
+        let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+        let file = disk.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+        SimulatedImage::create(&file, options).await.expect("created");
+        file.flush().await.expect("sound");
+        disk.flush_directory(Path::new("/")).await.expect("sound");
+        drop(file);
+        open(disk, keeper, later).await
+    }
+
+    /// What the image says of its first bytes.
+    async fn mapped(image: &SimulatedImage, bytes: u64) -> Vec<Extent> {
+        let mut extents = ExtentList::new();
+        image.map(GuestRange::new(GuestOffset::ZERO, bytes), &mut extents).await.expect("readable");
+        extents.as_slice().to_vec()
+    }
+
+    fn slices_left(image: &SimulatedImage) -> usize {
+        let unwritten = image.inner.unwritten.load_full().expect("it keeps what the file does not have");
+        let slice_words = unwritten.slice_words;
+        Unwritten::left(&*unwritten.memory, slice_words).expect("made for it").len()
+    }
+
+    /// A process is killed before it has written any mapping. The next one has the same, durably, and each cluster is counted once.
+    #[test]
+    fn what_a_killed_process_has_left_is_in_the_file_once_the_image_is_open() {
+        let small = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(4 << 20) };
+        let extended = CreateOptions { extended_l2: true, cluster_bits: 14, ..CreateOptions::standalone(4 << 20) };
+        // Of clusters of 512 bytes 256 are counted in one block, so that there are blocks and tables that the file does not have.
+        for (options, unit, count) in [(small.clone(), 512, 3000), (small, 512, 40), (extended, 512, 300)] {
+            let virtual_size = options.virtual_size;
+            let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+            let disk = SimulatedEnvironment::new(29);
+            let (first, kept) = (disk.clone(), Arc::clone(&keeper));
+            let before = Simulation::on(disk.clone()).block_on(async move {
+                let image = create(&first, &kept, &options, false).await;
+                // Some of it is in the file, and mapped anew afterwards.
+                for number in 0..count / 4 {
+                    write(&image, number * 2 * unit, unit).await;
+                }
+                image.flush().await.expect("sound");
+                let range = GuestRange::new(GuestOffset::ZERO, count / 8 * unit);
+                image.discard(range, false, &|_| {}).await.expect("nothing beneath");
+                for number in (0..count).rev() {
+                    write(&image, number * unit, unit).await;
+                }
+                assert!(slices_left(&image) > 0);
+                mapped(&image, virtual_size).await
+            });
+            let disk = disk.killed();
+            let second = disk.clone();
+            let after = Simulation::on(disk.clone()).block_on(async move {
+                let image = open(&second, &keeper, false).await;
+                assert_eq!(slices_left(&image), 0);
+                mapped(&image, virtual_size).await
+            });
+            assert!(before == after, "clusters of which something else is said");
+            let disk = disk.crash();
+            let third = disk.clone();
+            Simulation::on(disk).block_on(async move {
+                let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+                let file = third.open(&at, Access::Write, CacheMode::Direct).await.expect("there");
+                let report = check(&file, &CheckOptions::default()).await.expect("an image");
+                assert_eq!(report.corruptions, 0, "{:?}", report.findings);
+                let image = SimulatedImage::open(file, OpenOptions::writing()).await.expect("sound");
+                assert!(mapped(&image, virtual_size).await == before, "not durable");
+            });
+        }
+    }
+
+    #[test]
+    fn nothing_is_kept_of_what_the_file_has() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let disk = SimulatedEnvironment::new(30);
+        Simulation::on(disk.clone()).block_on(async move {
+            let image = create(&disk, &keeper, &CreateOptions::standalone(1 << 30), false).await;
+            let unwritten = image.inner.unwritten.load_full().expect("it keeps what the file does not have");
+            for slice in 0..2 {
+                write(&image, slice << 29, 4096).await;
+            }
+            assert_eq!((slices_left(&image), unwritten.is_used()), (2, true));
+            image.flush().await.expect("sound");
+            assert_eq!((slices_left(&image), unwritten.is_used()), (0, false));
+            image.freeze(async {}).await.expect("sound");
+            assert!(image.inner.unwritten.load().is_none() && image.inner.header().kept_number() == 0);
+            assert!(keeper.find(unwritten.number).expect("no error").is_none());
+        });
+    }
+
+    #[test]
+    fn who_writes_waits_for_room_to_keep_it() {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let disk = SimulatedEnvironment::new(31);
+        Simulation::on(disk.clone()).block_on(async move {
+            // A slice is a table here, and covers 2 MiB of the disk.
+            let options = CreateOptions { cluster_bits: 12, ..CreateOptions::standalone(8 << 30) };
+            let image = create(&disk, &keeper, &options, false).await;
+            let capacity = CAPACITY_BYTES / 4096;
+            for slice in 0..capacity {
+                write(&image, (slice as u64) << 21, 4096).await;
+            }
+            assert_eq!(slices_left(&image), capacity);
+            write(&image, (capacity as u64) << 21, 4096).await;
+            assert_eq!(slices_left(&image), 1);
+        });
+    }
+
+    #[test]
+    fn an_image_without_a_place_for_it_outlasts_the_process_once_all_is_written() {
+        for version in [2, 3] {
+            let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+            let disk = SimulatedEnvironment::new(32);
+            Simulation::on(disk.clone()).block_on(async move {
+                let image = create(&disk, &keeper, &CreateOptions { version, ..CreateOptions::standalone(1 << 20) }, false).await;
+                let is_dirty = || !image.inner.dirty.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+                assert!(image.outlasts_process() && !is_dirty());
+                write(&image, 0, 4096).await;
+                assert_eq!((image.outlasts_process(), is_dirty()), (version == 3, true));
+                image.outlast_process().await.expect("sound");
+                assert_eq!((image.outlasts_process(), is_dirty()), (true, version == 3));
+                // Not while a round has taken what it has not written yet.
+                let in_round = image.inner.write_back_and(async |_| Ok(assert_eq!(image.outlasts_process(), version == 3)));
+                in_round.await.expect("sound");
+                assert!(image.outlasts_process());
+                write(&image, 1 << 16, 4096).await;
+                image.freeze(async {}).await.expect("sound");
+                assert!(image.outlasts_process());
             });
         }
     }
