@@ -606,7 +606,9 @@ mod tests {
         let small = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(4 << 20) };
         let extended = CreateOptions { extended_l2: true, cluster_bits: 14, ..CreateOptions::standalone(4 << 20) };
         // Of clusters of 512 bytes 256 are counted in one block, so that there are blocks and tables that the file does not have.
-        for (options, unit, count) in [(small.clone(), 512, 3000), (small, 512, 40), (extended, 512, 300)] {
+        for (options, unit, count, flushed) in
+            [(small.clone(), 512, 3000, 750), (small.clone(), 512, 40, 10), (small, 512, 8000, 0), (extended, 512, 300, 75)]
+        {
             let virtual_size = options.virtual_size;
             let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
             let disk = SimulatedEnvironment::new(29);
@@ -614,12 +616,14 @@ mod tests {
             let before = Simulation::on(disk.clone()).block_on(async move {
                 let image = create(&first, &kept, &options, false).await;
                 // Some of it is in the file, and mapped anew afterwards.
-                for number in 0..count / 4 {
-                    write(&image, number * 2 * unit, unit).await;
+                if flushed > 0 {
+                    for number in 0..flushed {
+                        write(&image, number * 2 * unit, unit).await;
+                    }
+                    image.flush().await.expect("sound");
+                    let range = GuestRange::new(GuestOffset::ZERO, flushed / 2 * unit);
+                    image.discard(range, false, &|_| {}).await.expect("nothing beneath");
                 }
-                image.flush().await.expect("sound");
-                let range = GuestRange::new(GuestOffset::ZERO, count / 8 * unit);
-                image.discard(range, false, &|_| {}).await.expect("nothing beneath");
                 for number in (0..count).rev() {
                     write(&image, number * unit, unit).await;
                 }
@@ -631,7 +635,12 @@ mod tests {
             let after = Simulation::on(disk.clone()).block_on(async move {
                 let image = open(&second, &keeper, false).await;
                 assert_eq!(slices_left(&image), 0);
-                mapped(&image, virtual_size).await
+                let mapped = mapped(&image, virtual_size).await;
+                // What was replaced is free, and nothing else.
+                image.flush().await.expect("sound");
+                image.release(image.take_unmapped()).await.expect("sound");
+                image.flush().await.expect("sound");
+                mapped
             });
             assert!(before == after, "clusters of which something else is said");
             let disk = disk.crash();

@@ -375,7 +375,7 @@ impl<E: Environment> Drop for Allocation<E> {
 mod tests {
     use super::*;
     use crate::qcow2::CreateOptions;
-    use crate::qcow2::testing::{with_image, write};
+    use crate::qcow2::testing::{SIMULATED_IMAGE, with_image, write};
 
     #[test]
     fn only_whole_sectors_of_the_disk_are_reserved() {
@@ -408,6 +408,33 @@ mod tests {
                 assert_eq!(claim.own, standard.host);
             }
         });
+    }
+
+    /// The disk ends in the midst of a cluster, which may be one that has been used before.
+    #[test]
+    fn what_shows_when_the_disk_grows_is_zero() {
+        for (extended_l2, unit_bytes) in [(false, 1 << 16), (true, 2048)] {
+            let options = CreateOptions { extended_l2, ..CreateOptions::standalone((4 << 16) + 512) };
+            with_image(5, options, async move |disk, image| {
+                let used = image.reserve(GuestRange::new(GuestOffset::ZERO, 1 << 16)).await.expect("space");
+                let place = used.host();
+                used.commit(|| {});
+                image.discard(GuestRange::new(GuestOffset::ZERO, 1 << 16), false, &|_| {}).await.expect("nothing beneath");
+                image.flush().await.expect("sound");
+                image.release(image.take_unmapped()).await.expect("sound");
+                image.inner.allocator().clear_ready();
+                // As a medium leaves it that gives no space back.
+                image.inner.file.write_bytes(place, &[7; 1 << 16]).await.expect("a sound disk");
+                let last = image.reserve(GuestRange::new(GuestOffset::new(4 << 16), 512)).await.expect("space");
+                assert_eq!((last.host(), last.reads_zero()), (place, false), "the cluster that was given up");
+                image.inner.file.write_bytes(place, &[9; 512]).await.expect("a sound disk");
+                last.commit(|| {});
+                let start = usize::try_from(place.get()).expect("a small file");
+                let bytes = &disk.bytes(SIMULATED_IMAGE).expect("there")[start..][..1 << 16];
+                assert!(bytes[..512] == [9; 512] && bytes[512..unit_bytes].iter().all(|byte| *byte == 0));
+                assert!(bytes[unit_bytes..].iter().all(|byte| *byte == 7), "more than the unit was written");
+            });
+        }
     }
 
     #[test]
