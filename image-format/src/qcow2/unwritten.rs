@@ -636,6 +636,9 @@ mod tests {
                 let image = open(&second, &keeper, false).await;
                 assert_eq!(slices_left(&image), 0);
                 let mapped = mapped(&image, virtual_size).await;
+                let blocks: Vec<_> = image.inner.allocator().refcounts.block_positions().map(|(_, at)| at).collect();
+                let is_metadata = |at: &HostOffset| image.inner.metadata().contains(image.inner.format.geometry.host_cluster(*at).0);
+                assert!(blocks.iter().all(is_metadata), "blocks that are not known as metadata");
                 // What was replaced is free, and nothing else.
                 image.flush().await.expect("sound");
                 image.release(image.take_unmapped()).await.expect("sound");
@@ -707,7 +710,10 @@ mod tests {
                 image.outlast_process().await.expect("sound");
                 assert_eq!((image.outlasts_process(), is_dirty()), (true, version == 3));
                 // Not while a round has taken what it has not written yet.
-                let in_round = image.inner.write_back_and(async |_| Ok(assert_eq!(image.outlasts_process(), version == 3)));
+                let in_round = image.inner.write_back_and(async |_| {
+                    assert_eq!(image.outlasts_process(), version == 3);
+                    Ok(())
+                });
                 in_round.await.expect("sound");
                 assert!(image.outlasts_process());
                 write(&image, 1 << 16, 4096).await;

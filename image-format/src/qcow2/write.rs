@@ -437,6 +437,19 @@ mod tests {
         }
     }
 
+    /// Only past the end of the disk there is nothing to be kept.
+    #[test]
+    fn bytes_behind_a_range_stay() {
+        let options = CreateOptions { extended_l2: true, ..CreateOptions::standalone(1 << 20) };
+        with_image(6, options, async |disk, image| {
+            write(&image, 2048, 2048).await;
+            let reserved = image.reserve(GuestRange::new(GuestOffset::ZERO, 2560)).await.expect("space");
+            let start = usize::try_from(reserved.host().get()).expect("a small file");
+            assert!(disk.bytes(SIMULATED_IMAGE).expect("there")[start + 2048..start + 4096] == [7; 2048]);
+            reserved.commit(|| {});
+        });
+    }
+
     #[test]
     fn a_new_table_is_known_as_metadata() {
         with_image(3, CreateOptions::standalone(1 << 20), async |_, image| {
