@@ -7,13 +7,12 @@ mod common;
 mod skip;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Machine, OUT};
-use common::{PATIENCE, check_clean, make_qcow2};
+use common::{PATIENCE, check_clean, make_qcow2, read_by_qemu};
 use serde_json::{Value, json};
 use snapfence::client::Client;
 use snapfence::protocol::Moment;
@@ -107,14 +106,6 @@ fn has_frozen(client: &mut Client, name: &str) -> bool {
     }
 }
 
-/// What the guest saw of an image and those below it, as QEMU reads them.
-fn disk(image: &Path, directory: &Path) -> Vec<u8> {
-    let raw = directory.join("raw");
-    let converted = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([image, &raw]).status();
-    assert!(converted.expect("qemu-img").success(), "{}", image.display());
-    std::fs::read(raw).expect("a disk")
-}
-
 #[test]
 fn a_clock_that_is_set_is_not_noticed() {
     let Some(library) = faketime() else {
@@ -123,7 +114,7 @@ fn a_clock_that_is_set_is_not_noticed() {
     };
     let directory = tempfile::tempdir().expect("a directory");
     let path = |name: &str| directory.path().join(name);
-    make_qcow2(&path("vda.qcow2"), CreateOptions { extended_l2: false, ..CreateOptions::standalone(DISK_BYTES) });
+    make_qcow2(&path("vda.qcow2"), CreateOptions::standalone(DISK_BYTES));
     let device = format!("name=vda,image={},format=qcow2,socket={}", path("vda.qcow2").display(), path("vda.sock").display());
     let clock = Clock { library: &library, directory: directory.path() };
     clock.set("+0");
@@ -190,7 +181,7 @@ fn a_clock_that_is_set_is_not_noticed() {
 
     for taken in &all {
         check_clean(&taken.layer);
-        let disk = disk(&taken.layer, directory.path());
+        let disk = read_by_qemu(&taken.layer, directory.path());
         for (block, bytes) in disk.chunks(BLOCK).enumerate() {
             let expected = if block <= taken.blocks.into() { block as u8 } else { 0 };
             assert!(bytes.iter().all(|byte| *byte == expected), "snapshot {}, block {block}", taken.name);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Machine, OUT};
-use common::{PATIENCE, check_clean, make_ext4, make_qcow2};
+use common::{PATIENCE, check_clean, make_ext4, make_qcow2, read_by_qemu};
 use serde_json::json;
 use snapfence::client::Client;
 use snapfence::protocol::{
@@ -184,10 +184,7 @@ fn a_full_file_system_makes_writes_wait_and_loses_nothing() {
 
     check_clean(&image);
     check_clean(&top);
-    let raw = directory.path().join("vda.raw");
-    let converted = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&top, &raw]).status();
-    assert!(converted.expect("qemu-img").success());
-    let bytes = std::fs::read(&raw).expect("an image");
+    let bytes = read_by_qemu(&top, directory.path());
     for (cluster, &byte) in model.iter().enumerate() {
         assert!(bytes[cluster * CLUSTER..][..CLUSTER].iter().all(|found| *found == byte), "QEMU reads something else in cluster {cluster}");
     }

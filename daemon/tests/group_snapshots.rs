@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Machine, OUT, Queue};
-use common::{block_on, make_qcow2, seed};
+use common::{block_on, make_qcow2, read_by_qemu, seed};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -361,12 +361,6 @@ fn under_way(taken: &[Taken], history: &[Write]) -> usize {
     taken.iter().map(|taken| begun(taken.answered) - ended(taken.asked)).sum()
 }
 
-fn tool(arguments: &[&str], paths: &[&Path]) -> std::process::Output {
-    let output = Command::new("qemu-img").args(arguments).args(paths).output().expect("qemu-img");
-    assert!(output.status.success(), "qemu-img {arguments:?} {paths:?}: {}", String::from_utf8_lossy(&output.stderr));
-    output
-}
-
 /// In memory where that is possible: disks take long to flush, and to delete, so many files, and nothing here depends on them.
 fn directory() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
@@ -448,13 +442,12 @@ fn inspect(directory: &Path, name: &str, scale: Scale) -> Vec<Vec<Option<usize>>
         // Without what is beneath, which would be opened every time.
         let file = json!({ "driver": "file", "filename": overlay(number) });
         let image = json!({ "driver": "qcow2", "backing": null, "file": file });
-        tool(&["check", &format!("json:{image}")], &[]);
+        let check = Command::new("qemu-img").arg("check").arg(format!("json:{image}")).output().expect("qemu-img");
+        assert!(check.status.success(), "{image}: {}", String::from_utf8_lossy(&check.stderr));
     }
-    let raw = directory.join(format!("{name}.compared"));
     // The layer below the first overlay is the image that there was, of a format of its own.
     for number in (1..scale.snapshots.min(DEEPEST_OF_QEMU)).step_by(scale.compared_every) {
-        tool(&["convert", "-f", "qcow2", "-O", "raw"], &[&overlay(number - 1), &raw]);
-        let bytes = std::fs::read(&raw).expect("an image");
+        let bytes = read_by_qemu(&overlay(number - 1), directory);
         let theirs: Vec<_> = cells().iter().map(|cell| written_by(&bytes[cell.sector as usize * 512..][..cell.len])).collect();
         assert_eq!(theirs, snapshots[number], "{name}: QEMU reads another snapshot {number}");
     }

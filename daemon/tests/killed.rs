@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
 use common::machine::{Data, FLUSH, IN, Link, Machine, OUT};
-use common::{make_qcow2, seed};
+use common::{make_qcow2, read_by_qemu, seed};
 use snapfence::protocol::{SnapshotCreate, SnapshotMember, StackShow};
 use snapfence_image_format::qcow2::CreateOptions;
 use snapfence_image_format::storage::Chance;
@@ -197,10 +197,7 @@ fn requests_in_flight_survive_the_daemon() {
     images.iter().for_each(|image| check(image));
     let top = images.first().expect("the top comes first");
     // What QEMU reads from the top is what the guest has written.
-    let raw = directory.path().join("all.raw");
-    let status = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).arg(top).arg(&raw).status().expect("qemu-img");
-    assert!(status.success());
-    let bytes = std::fs::read(&raw).expect("an image");
+    let bytes = read_by_qemu(top, directory.path());
     for slot in guest.slots.iter().flatten() {
         let at = slot.sector as usize * 512;
         assert!(bytes[at..at + PLACE_BYTES as usize] == slot.expected, "QEMU reads something else at sector {}", slot.sector);

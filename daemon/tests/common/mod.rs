@@ -155,6 +155,15 @@ pub(crate) fn check_clean(image: &Path) {
     assert!(check.status.success(), "{}: {}", image.display(), String::from_utf8_lossy(&[check.stdout, check.stderr].concat()));
 }
 
+/// The disk that an image shows with those beneath it, as QEMU reads it by way of a file in `directory`.
+pub(crate) fn read_by_qemu(image: &Path, directory: &Path) -> Vec<u8> {
+    let raw = tempfile::NamedTempFile::new_in(directory).expect("a file");
+    let convert = ["convert", "-f", "qcow2", "-O", "raw"];
+    let converted = Command::new("qemu-img").args(convert).args([image, raw.path()]).output().expect("qemu-img");
+    assert!(converted.status.success(), "{}: {}", image.display(), String::from_utf8_lossy(&converted.stderr));
+    std::fs::read(raw).expect("a disk")
+}
+
 /// Writes an empty image.
 pub(crate) fn make_qcow2(path: &Path, options: CreateOptions) {
     let location = Location::Trusted(path.to_owned());
