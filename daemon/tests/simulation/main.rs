@@ -45,9 +45,6 @@ fn nothing_is_lost_and_every_snapshot_is_one_cut() {
         eprintln!("{:?}", run::run(seed, true));
         return;
     }
-    // Every image has megabytes of memory kept for it, of which hardly any is used: they come from the system as zeros, and go back to it.
-    // SAFETY: no other thread of this program changes how memory is allocated.
-    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 4 << 20) };
     let seeds = number("SNAPFENCE_SEEDS").unwrap_or(SEEDS);
     let (next, failures, simulated) = (AtomicU64::new(0), Mutex::new(Vec::new()), Mutex::new(Duration::ZERO));
     let counts: [AtomicU64; 5] = Default::default();
