@@ -457,7 +457,7 @@ mod tests {
     use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image, write};
     use crate::qcow2::{CheckOptions, CreateOptions, OpenOptions, check};
     use crate::storage::kept::TestKeeper;
-    use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, Simulation};
+    use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment, SimulatedFile, Simulation};
     use crate::storage::{Access, CacheMode, Location};
     use crate::units::{GuestOffset, GuestRange};
 
@@ -525,6 +525,15 @@ mod tests {
         image
     }
 
+    /// The image's file, in which nothing is corrupt.
+    async fn sound(disk: &SimulatedEnvironment, which: &str) -> SimulatedFile {
+        let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+        let file = disk.open(&at, Access::Write, CacheMode::Direct).await.expect("there");
+        let report = check(&file, &CheckOptions::default()).await.expect("an image");
+        assert_eq!(report.corruptions, 0, "{which}: {:?}", report.findings);
+        file
+    }
+
     #[test]
     fn an_image_keeps_what_it_can_say_the_place_of_and_writes_the_rest_at_once() {
         for version in [2, 3] {
@@ -568,10 +577,7 @@ mod tests {
             let disk = disk.crash();
             let third = disk.clone();
             Simulation::on(disk).block_on(async move {
-                let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
-                let file = third.open(&at, Access::Read, CacheMode::Direct).await.expect("there");
-                let report = check(&file, &CheckOptions::default()).await.expect("an image");
-                assert_eq!(report.corruptions, 0, "seed {seed}, version {version}: {:?}", report.findings);
+                sound(&third, &format!("seed {seed}, version {version}")).await;
             });
         }
     }
@@ -649,10 +655,7 @@ mod tests {
             let disk = disk.crash();
             let third = disk.clone();
             Simulation::on(disk).block_on(async move {
-                let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
-                let file = third.open(&at, Access::Write, CacheMode::Direct).await.expect("there");
-                let report = check(&file, &CheckOptions::default()).await.expect("an image");
-                assert_eq!(report.corruptions, 0, "{:?}", report.findings);
+                let file = sound(&third, &format!("{count} pieces of {unit} bytes")).await;
                 let image = SimulatedImage::open(file, OpenOptions::writing()).await.expect("sound");
                 assert!(mapped(&image, virtual_size).await == before, "not durable");
             });
