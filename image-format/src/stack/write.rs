@@ -184,21 +184,13 @@ impl<E: Environment> View<E> {
                 stack.retirements.all_up_to(older).await;
             }
         }
-        // The unit may reach past the end of the disk, where there is nothing to read.
-        let visible = range.intersection(super::whole_disk(self.virtual_size()));
-        let pieces = self.resolve(visible).await?;
+        let pieces = self.resolve(range).await?;
         if reads_zero && pieces.iter().all(|piece| matches!(piece.place, Place::Zero { .. })) {
             return Ok(None);
         }
-        let (result, buffer) = Box::pin(self.read(visible.start, AlignedBuffer::zeroed(buffer_len(visible)).into())).await;
+        let (result, buffer) = Box::pin(self.read(range.start, AlignedBuffer::zeroed(buffer_len(range)).into())).await;
         result?;
-        let bytes = buffer.into_owned();
-        if visible.len == range.len {
-            return Ok(Some(bytes.into_shared()));
-        }
-        let mut padded = AlignedBuffer::zeroed(buffer_len(range));
-        padded[..bytes.len()].copy_from_slice(&bytes);
-        Ok(Some(padded.into_shared()))
+        Ok(Some(buffer.into_owned().into_shared()))
     }
 
     /// Writes zeros as data.
@@ -241,5 +233,105 @@ impl<E: Environment> View<E> {
     pub async fn map(&self, range: GuestRange) -> Result<Vec<Piece>, LayerError> {
         self.check_range(range, self.virtual_size())?;
         self.resolve(GuestRange::new(GuestOffset::new(range.start.get()), range.len)).await.map(|pieces| pieces.to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::layer::Layer;
+    use crate::qcow2::{CreateOptions, OpenOptions, Qcow2};
+    use crate::raw::Raw;
+    use crate::stack::{FenceDomain, Stack};
+    use crate::storage::kept::{MemoryKeeper, TestKeeper};
+    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
+    use crate::storage::{Access, CacheMode, Location};
+
+    const DISK_BYTES: u64 = 1 << 20;
+
+    fn filled(byte: u8, len: usize) -> AlignedBuffer {
+        let mut buffer = AlignedBuffer::zeroed(len);
+        buffer.fill(byte);
+        buffer
+    }
+
+    async fn open(environment: &SimulatedEnvironment, name: &str, access: Access) -> <SimulatedEnvironment as Environment>::File {
+        environment.open(&Location::Trusted(Path::new(name).to_owned()), access, CacheMode::Direct).await.expect("a file")
+    }
+
+    /// An empty image above a raw one, whose changes would outlive the process where its version has a place for that.
+    async fn overlay(environment: &SimulatedEnvironment, name: &str, version: u32, extended_l2: bool) -> Arc<Layer<SimulatedEnvironment>> {
+        let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+        let file = open(environment, name, Access::CreateNew).await;
+        let options = CreateOptions { version, extended_l2, ..CreateOptions::overlay(DISK_BYTES, "base", "raw") };
+        Qcow2::<SimulatedEnvironment>::create(&file, &options).await.expect("created");
+        let options = OpenOptions { keeper: Some(Arc::clone(&keeper)), ..OpenOptions::writing() };
+        let image = Qcow2::open(file, options).await.expect("an image");
+        image.keep(&keeper).await.expect("sound");
+        Arc::new(Layer::Qcow2(image))
+    }
+
+    /// An empty overlay on a base of sevens.
+    fn with_overlay<F>(
+        version: u32,
+        body: impl FnOnce(SimulatedEnvironment, Arc<FenceDomain>, Arc<Stack<SimulatedEnvironment>>) -> F + 'static,
+    ) where
+        F: Future<Output = ()> + 'static,
+    {
+        let disk = SimulatedEnvironment::new(u64::from(version));
+        let environment = disk.clone();
+        Simulation::on(disk).block_on(async move {
+            environment.put("/base", &vec![7; DISK_BYTES as usize]);
+            let base = Arc::new(Layer::Raw(Raw::open(open(&environment, "/base", Access::Read).await, false).await.expect("raw")));
+            let top = overlay(&environment, "/top", version, false).await;
+            let domain = FenceDomain::new(|| std::time::Duration::ZERO);
+            let stack = Stack::new(environment.clone(), &domain, vec![base, top], false);
+            body(environment, domain, stack).await;
+        });
+    }
+
+    /// Another request has made the place, and has not told the file yet.
+    #[test]
+    fn overwriting_what_only_memory_knows_waits_until_the_process_may_die() {
+        for version in [2, 3] {
+            with_overlay(version, async move |_, _, stack| {
+                let view = stack.view();
+                let first = GuestRange::new(GuestOffset::ZERO, 4096);
+                view.read(first.start, AlignedBuffer::zeroed(4096).into()).await.0.expect("sound");
+                view.write_new(first, filled(8, 4096).into_shared()).await.expect("space");
+                assert_eq!(view.top().outlasts_process(), version == 3);
+                let second = GuestOffset::new(4096);
+                assert!(view.known_place(GuestRange::new(second, 4096)).and_then(|place| view.overwritable(place)).is_some());
+                view.write(second, filled(9, 4096).into()).await.0.expect("sound");
+                assert!(view.top().outlasts_process());
+            });
+        }
+    }
+
+    /// A request from before the cut goes on with its own view and map, and those after it with theirs, which is another where entries are finer.
+    #[test]
+    fn what_who_began_before_the_cut_writes_after_it_is_seen_by_both() {
+        for finer in [false, true] {
+            with_overlay(3, async move |environment, domain, stack| {
+                let read = async |view: &Arc<View<SimulatedEnvironment>>, at: u64| {
+                    let (result, buffer) = view.read(GuestOffset::new(at), AlignedBuffer::zeroed(512).into()).await;
+                    result.expect("sound");
+                    buffer.into_owned()[0]
+                };
+                assert_eq!(read(&stack.view(), 0).await, 7);
+                let fence = domain.fence();
+                let before = stack.publish(stack.prepare_overlay(overlay(&environment, "/next", 3, finer).await, &fence));
+                let after = stack.view();
+                assert_eq!(Arc::ptr_eq(&before.map, &after.map), !finer);
+                // Both maps know that the base has it.
+                assert_eq!(read(&after, 0).await, 7);
+                before.write(GuestOffset::ZERO, filled(9, 512).into()).await.0.expect("sound");
+                for (at, byte) in [(0, 9), (512, 7)] {
+                    assert_eq!([read(&before, at).await, read(&after, at).await], [byte; 2]);
+                }
+            });
+        }
     }
 }
