@@ -5,6 +5,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use rangemap::RangeSet;
+
 use crate::buffer::Buffer;
 
 /// What space is given out in.
@@ -14,14 +16,16 @@ const PAGE_LEN: usize = 4096;
 /// The longest file, as Linux has it.
 const MAX_LEN: u64 = i64::MAX as u64;
 
-/// The most space to be had at once: every page of it costs memory.
+/// The most space to be had at once.
 const MAX_ALLOCATION: u64 = 64 << 30;
 
 /// Bytes with holes. Cloning shares the pages until one side writes, so that copies of a whole disk are cheap.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SparseBytes {
-    /// Pages that have space, by number. `None` has space and reads as zeros. Bytes past `len` are zero.
-    pages: BTreeMap<u64, Option<Arc<[u8; PAGE_LEN]>>>,
+    /// Pages that have been written to, by number. All others read as zeros, and so do bytes past `len`.
+    pages: BTreeMap<u64, Arc<[u8; PAGE_LEN]>>,
+    /// Pages that have space, by number: those that have been written to among them.
+    space: RangeSet<u64>,
     len: u64,
 }
 
@@ -29,10 +33,9 @@ pub(super) struct SparseBytes {
 impl PartialEq for SparseBytes {
     fn eq(&self, other: &Self) -> bool {
         const ZEROS: [u8; PAGE_LEN] = [0; PAGE_LEN];
-        let page = |bytes: &Self, number| bytes.pages.get(&number).cloned().flatten();
-        let is_same = |number: &u64| match (page(self, *number), page(other, *number)) {
-            (Some(one), Some(other)) => Arc::ptr_eq(&one, &other) || one == other,
-            (Some(page), None) | (None, Some(page)) => *page == ZEROS,
+        let is_same = |number: &u64| match (self.pages.get(number), other.pages.get(number)) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other) || one == other,
+            (Some(page), None) | (None, Some(page)) => **page == ZEROS,
             (None, None) => true,
         };
         self.len == other.len && self.pages.keys().chain(other.pages.keys()).all(is_same)
@@ -48,7 +51,7 @@ impl SparseBytes {
 
     /// Bytes that have space.
     pub(super) fn allocated(&self) -> u64 {
-        self.pages.len() as u64 * PAGE
+        self.space.iter().map(|run| run.end - run.start).sum::<u64>() * PAGE
     }
 
     /// Fills the whole buffer from `at` on, with zeros past the end.
@@ -56,8 +59,8 @@ impl SparseBytes {
         let range = checked_range(at, into.len())?;
         for (number, within, done) in pieces(range) {
             match self.pages.get(&number) {
-                Some(Some(page)) => into.copy_in(done, &page[within]),
-                Some(None) | None => into.fill_zero(done..done + within.len()),
+                Some(page) => into.copy_in(done, &page[within]),
+                None => into.fill_zero(done..done + within.len()),
             }
         }
         Ok(())
@@ -69,9 +72,7 @@ impl SparseBytes {
         for (number, within, done) in pieces(range.clone()) {
             from.copy_out(done, &mut self.page_mut(number)[within]);
         }
-        if !range.is_empty() {
-            self.len = self.len.max(range.end);
-        }
+        self.occupy(range);
         Ok(())
     }
 
@@ -82,9 +83,7 @@ impl SparseBytes {
             let len = within.len();
             self.page_mut(number)[within].copy_from_slice(&bytes[done..done + len]);
         }
-        if !range.is_empty() {
-            self.len = self.len.max(range.end);
-        }
+        self.occupy(range);
         Ok(())
     }
 
@@ -105,19 +104,17 @@ impl SparseBytes {
 
     /// Space that has to be found before the range has it everywhere.
     pub(super) fn missing_space(&self, at: u64, len: u64) -> u64 {
-        let numbers = at / PAGE..at.saturating_add(len).div_ceil(PAGE);
-        let present = self.pages.range(numbers.clone()).count() as u64;
-        (numbers.end.saturating_sub(numbers.start) - present) * PAGE
+        let numbers = page_numbers(at..at.saturating_add(len));
+        if numbers.is_empty() {
+            return 0;
+        }
+        self.space.gaps(&numbers).map(|gap| gap.end - gap.start).sum::<u64>() * PAGE
     }
 
     /// Gives space to every page of the range that has none, growing the file to its end.
     pub(super) fn allocate(&mut self, at: u64, len: u64) -> io::Result<()> {
         Self::admit_space(at, len)?;
-        let end = at + len;
-        for number in at / PAGE..end.div_ceil(PAGE) {
-            self.pages.entry(number).or_insert(None);
-        }
-        self.len = self.len.max(end);
+        self.occupy(at..at + len);
         Ok(())
     }
 
@@ -145,16 +142,7 @@ impl SparseBytes {
 
     /// The runs of bytes before the end that have space, in order: all others are zero.
     pub(super) fn allocated_ranges(&self) -> Vec<Range<u64>> {
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        for number in self.pages.keys() {
-            let (start, end) = (number * PAGE, ((number + 1) * PAGE).min(self.len));
-            match ranges.last_mut() {
-                _ if start >= end => break,
-                Some(last) if last.end == start => last.end = end,
-                _ => ranges.push(start..end),
-            }
-        }
-        ranges
+        self.space.iter().map(|run| run.start * PAGE..(run.end * PAGE).min(self.len)).filter(|range| !range.is_empty()).collect()
     }
 
     /// All bytes of `range` as a vector.
@@ -162,7 +150,7 @@ impl SparseBytes {
         let len = usize::try_from(range.end.saturating_sub(range.start)).expect("what is in memory fits in it");
         let mut bytes = vec![0; len];
         for (number, within, done) in pieces(range) {
-            if let Some(Some(page)) = self.pages.get(&number) {
+            if let Some(page) = self.pages.get(&number) {
                 let into = done..done + within.len();
                 bytes[into].copy_from_slice(&page[within]);
             }
@@ -172,28 +160,47 @@ impl SparseBytes {
 
     /// The pages that hold anything but zeros: where each begins, and its bytes.
     pub(super) fn filled_pages(&self) -> impl Iterator<Item = (u64, &[u8; PAGE_LEN])> {
-        self.pages.iter().filter_map(|(number, page)| {
-            let page = page.as_deref().filter(|page| **page != [0; PAGE_LEN])?;
-            Some((number * PAGE, page))
-        })
+        self.pages.iter().filter(|(_, page)| ***page != [0; PAGE_LEN]).map(|(number, page)| (number * PAGE, &**page))
     }
 
     fn zero(&mut self, start: u64, end: u64) {
-        let touched: Vec<u64> = self.pages.range(start / PAGE..end.div_ceil(PAGE)).map(|(number, _)| *number).collect();
+        let whole = start.div_ceil(PAGE)..end / PAGE;
+        if !whole.is_empty() {
+            self.space.remove(whole.clone());
+        }
+        let touched: Vec<u64> = self.pages.range(page_numbers(start..end)).map(|(number, _)| *number).collect();
         for number in touched {
+            if whole.contains(&number) {
+                self.pages.remove(&number);
+                continue;
+            }
             let from = start.saturating_sub(number * PAGE).min(PAGE) as usize;
             let to = (end - number * PAGE).min(PAGE) as usize;
-            if (from, to) == (0, PAGE_LEN) {
-                self.pages.remove(&number);
-            } else if let Some(Some(page)) = self.pages.get_mut(&number) {
-                Arc::make_mut(page)[from..to].fill(0);
-            }
+            self.page_mut(number)[from..to].fill(0);
         }
     }
 
-    fn page_mut(&mut self, number: u64) -> &mut [u8; PAGE_LEN] {
-        Arc::make_mut(self.pages.entry(number).or_default().get_or_insert_with(|| Arc::new([0; PAGE_LEN])))
+    /// The range has space, and the file reaches to its end.
+    fn occupy(&mut self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        let numbers = page_numbers(range.clone());
+        if self.space.gaps(&numbers).next().is_some() {
+            self.space.insert(numbers);
+        }
+        self.len = self.len.max(range.end);
     }
+
+    /// A page that is written to: whoever does that sees to its space.
+    fn page_mut(&mut self, number: u64) -> &mut [u8; PAGE_LEN] {
+        Arc::make_mut(self.pages.entry(number).or_insert_with(|| Arc::new([0; PAGE_LEN])))
+    }
+}
+
+/// The pages that a range touches.
+fn page_numbers(range: Range<u64>) -> Range<u64> {
+    range.start / PAGE..range.end.div_ceil(PAGE)
 }
 
 /// The parts of `range` on each page: page number, bytes within it, position of the part in the range.
@@ -267,6 +274,20 @@ mod tests {
         assert_eq!((all[PAGE_LEN / 2 - 1], all[PAGE_LEN / 2], all[5 * PAGE_LEN / 2]), (7, 0, 7));
         bytes.punch(0, 1 << 40).unwrap();
         assert_eq!((bytes.allocated(), bytes.len()), (0, 4 * PAGE));
+    }
+
+    #[test]
+    fn space_is_counted_once_whether_it_has_bytes_or_not() {
+        let mut bytes = SparseBytes::default();
+        assert_eq!(bytes.missing_space(0, 0), 0);
+        bytes.allocate(PAGE / 2, 2 * PAGE).unwrap();
+        bytes.write_bytes(4 * PAGE - 1, &[7; 2]).unwrap();
+        assert_eq!((bytes.allocated(), bytes.len()), (5 * PAGE, 4 * PAGE + 1));
+        assert_eq!(bytes.allocated_ranges(), [0..4 * PAGE + 1], "up to the end");
+        bytes.punch(2 * PAGE, PAGE).unwrap();
+        assert_eq!((bytes.missing_space(0, 6 * PAGE), bytes.missing_space(2 * PAGE + 1, 1)), (2 * PAGE, PAGE));
+        assert_eq!(bytes.allocated_ranges(), [0..2 * PAGE, 3 * PAGE..4 * PAGE + 1]);
+        assert_eq!(bytes.filled_pages().map(|(at, _)| at).collect::<Vec<_>>(), [3 * PAGE, 4 * PAGE]);
     }
 
     #[test]
