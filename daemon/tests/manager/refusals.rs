@@ -148,6 +148,28 @@ fn no_overlay_is_made_where_only_memory_keeps_it_and_no_neighbour_of_a_disk_is_o
 }
 
 #[test]
+fn a_name_stands_for_one_snapshot_under_way_or_recorded() {
+    let mut simulation = Simulation::new(27);
+    let environment = simulation.environment().clone();
+    simulation.block_on(async move {
+        let world = World::new(&environment);
+        for device in ["vda", "vdb"] {
+            world.serve_new(device).await;
+        }
+        let of = |device: &str| json!({ "name": "s", "devices": [{ "device": device }] });
+        let first = world.begin("snapshot-create", of("vda"));
+        let refused = world.ask("snapshot-create", of("vdb")).await.expect_err("one of that name is under way").desc;
+        assert!(refused.contains("there already is a snapshot 's'"), "{refused}");
+        first.wait().await.expect("the first comes to its end");
+        for device in ["vda", "vdb"] {
+            let refused = world.ask("snapshot-create", of(device)).await.expect_err("one of that name is recorded").desc;
+            assert!(refused.contains("there already is a snapshot 's'"), "{refused}");
+        }
+        assert_eq!(world.layers("vdb").await, ["/vm/vdb.qcow2"]);
+    });
+}
+
+#[test]
 fn a_layer_that_others_need_is_no_overlay() {
     let mut simulation = Simulation::new(21);
     let environment = simulation.environment().clone();

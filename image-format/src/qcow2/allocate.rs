@@ -841,6 +841,72 @@ mod tests {
         });
     }
 
+    /// Fills the memory for refcount blocks, so that the next one to be read drives out all that need not stay.
+    fn crowd(image: &SimulatedImage, first: u64) {
+        let zeros = vec![0; image.geometry().cluster_len()];
+        for index in first..first + (8 << 20 >> image.geometry().cluster_bits()) {
+            image.inner.allocator().refcounts.insert(index, &zeros, |_| true);
+        }
+    }
+
+    #[test]
+    fn counts_of_what_is_ready_or_being_appended_stay_in_memory() {
+        with_image(31, small_clusters(9), async |_, image| {
+            image.flush().await.expect("sound");
+            let turn = image.inner.refcount_turn.take().await;
+            let state = |index| image.inner.allocator().refcounts.block_state(index);
+            image.inner.allocator().clear_ready();
+            // One is there of clusters in two blocks, one of a block's first, and one of another's last.
+            for run in [3 * 256 - 1..3 * 256 + 1, 6 * 256..6 * 256 + 1, 9 * 256 - 1..9 * 256] {
+                image.inner.allocator().push_ready(run, false);
+            }
+            image.inner.allocator().appending = 11..12;
+            crowd(&image, 1);
+            image.inner.load_refcounts(0, &turn).await.expect("sound");
+            let in_memory: Vec<_> = (1..20).filter(|&index| state(index) == BlockState::Loaded).collect();
+            assert_eq!(in_memory, [2, 3, 6, 8, 11]);
+        });
+    }
+
+    #[test]
+    fn what_is_put_back_when_its_count_is_not_in_memory_takes_the_way_of_what_is_freed() {
+        with_image(32, small_clusters(9), async |_, image| {
+            let taken = image.inner.allocate().await.expect("space").host;
+            let cluster = image.geometry().host_cluster(taken).0;
+            image.flush().await.expect("sound");
+            crowd(&image, 1);
+            image.inner.allocator().refcounts.insert(1 << 20, &[0; 512], |_| false);
+            assert_eq!(image.inner.allocator().refcounts.get(HostCluster(cluster)), None, "its count is not in memory");
+            image.inner.put_back(taken);
+            image.release(image.take_unmapped()).await.expect("sound");
+            assert_eq!(image.inner.allocator().refcounts.get(HostCluster(cluster)), Some(0));
+        });
+    }
+
+    /// Between blocks that exist, one is made in the first cluster that it counts.
+    #[test]
+    fn a_refcount_block_that_is_missing_between_others_is_metadata_with_space() {
+        with_image(33, small_clusters(9), async |disk, image| {
+            let turn = image.inner.refcount_turn.take().await;
+            let (first, end) = (20 * 256, 21 * 256);
+            let look = async || {
+                (image.inner.allocator().scan, image.inner.allocator().scan_end) = (first, end);
+                image.inner.scan_block(&turn).await
+            };
+            let allocated = disk.allocated(SIMULATED_IMAGE).expect("there");
+            disk.set_space_limit(Some(allocated));
+            assert!(!look().await.expect("others may have room"));
+            disk.set_space_limit(None);
+            disk.inject(Fault::once(OperationKind::Allocate, 0).with(FaultEffect::Error(libc::EIO)));
+            assert!(!look().await.expect_err("a failure of the disk").is_no_space());
+            assert!(!image.inner.metadata().contains(first));
+            assert!(look().await.expect("sound"));
+            assert!(image.inner.metadata().contains(first) && !image.inner.metadata().contains(first + 1));
+            assert!(disk.allocated(SIMULATED_IMAGE).expect("there") > allocated);
+            assert_eq!(image.inner.allocator().free, BTreeMap::from([(first + 1, 255)]));
+        });
+    }
+
     #[test]
     fn filling_up_ahead_of_need_goes_on_after_a_full_disk() {
         with_image(1, CreateOptions::standalone(64 << 20), async |disk, image| {

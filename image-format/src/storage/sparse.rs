@@ -283,7 +283,7 @@ mod tests {
         bytes.allocate(PAGE / 2, 2 * PAGE).unwrap();
         bytes.write_bytes(4 * PAGE - 1, &[7; 2]).unwrap();
         assert_eq!((bytes.allocated(), bytes.len()), (5 * PAGE, 4 * PAGE + 1));
-        assert_eq!(bytes.allocated_ranges(), [0..4 * PAGE + 1], "up to the end");
+        assert!(bytes.allocated_ranges().into_iter().eq(std::iter::once(0..4 * PAGE + 1)), "up to the end");
         bytes.punch(2 * PAGE, PAGE).unwrap();
         assert_eq!((bytes.missing_space(0, 6 * PAGE), bytes.missing_space(2 * PAGE + 1, 1)), (2 * PAGE, PAGE));
         assert_eq!(bytes.allocated_ranges(), [0..2 * PAGE, 3 * PAGE..4 * PAGE + 1]);
