@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use crate::layer::Layer;
@@ -17,6 +18,9 @@ use super::{AllowedDirectories, Format, MAX_DEPTH, NameError, UnknownFormat};
 
 /// Layers that are opened at a time.
 const AT_ONCE: usize = 64;
+/// Files that are expected and asked for together, and how many times so many at a time.
+const TOGETHER: usize = 64;
+const GROUPS_AT_ONCE: usize = 4;
 
 /// How a chain is opened.
 #[derive(Clone, Debug)]
@@ -234,9 +238,9 @@ struct Ahead<E: Environment> {
 
 /// Opens the files that are expected beneath the top. What fails here is left to whoever follows the chain, and may not even be in it.
 async fn open_ahead<E: Environment>(environment: &E, options: &ChainOptions<'_>, locked: bool) -> HashMap<PathBuf, Ahead<E>> {
-    let open = async |(path, format): &(PathBuf, Format)| {
-        let location = options.allowed.locate(path).ok()?;
-        let file = open_file(environment, &location, false, options.cache).await.ok()?;
+    let located = options.expected.iter().filter_map(|(path, format)| Some((options.allowed.locate(path).ok()?, *format)));
+    let located: Vec<(Location, Format)> = located.collect();
+    let look = async |file: E::File, (location, format): &(Location, Format)| {
         if locked {
             lock_file(&file, false).await.ok()?;
         }
@@ -246,7 +250,14 @@ async fn open_ahead<E: Environment>(environment: &E, options: &ChainOptions<'_>,
         };
         Some((location.path(), Ahead { file, header }))
     };
-    stream::iter(options.expected).map(open).buffer_unordered(AT_ONCE).filter_map(std::future::ready).collect().await
+    let open_group = async |group: &[(Location, Format)]| {
+        let locations: Vec<_> = group.iter().map(|(location, _)| location.clone()).collect();
+        let files = environment.open_all(&locations, Access::Read, options.cache).await;
+        let opened = files.into_iter().zip(group).filter_map(|(file, known)| Some((file.ok()?, known)));
+        join_all(opened.map(|(file, known)| look(file, known))).await
+    };
+    let groups = stream::iter(located.chunks(TOGETHER)).map(open_group).buffer_unordered(GROUPS_AT_ONCE);
+    groups.flat_map(stream::iter).filter_map(std::future::ready).collect().await
 }
 
 /// Follows the chain from its top to the base, and locks all of it.

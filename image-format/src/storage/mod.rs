@@ -23,6 +23,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures_util::future::join_all;
+
 use crate::buffer::{AlignedBuffer, Buffer};
 use crate::units::HostOffset;
 
@@ -230,6 +232,15 @@ pub trait Environment: std::fmt::Debug + Clone + Send + Sync + 'static {
     /// `NotFound`, `AlreadyExists`, `PermissionDenied` and so on as the system says; `InvalidInput` for anything that is neither a file nor a
     /// block device; `ELOOP` or `EXDEV` for a name that leaves its allowed directory.
     fn open(&self, at: &Location, access: Access, cache: CacheMode) -> impl Future<Output = io::Result<Self::File>>;
+
+    /// Opens several, each as [`open`](Environment::open) does. Who opens many at once asks for some at a time: where all are opened one after the
+    /// other, one that hangs keeps those back that come after it.
+    ///
+    /// # Errors
+    /// For each as [`open`](Environment::open) has them.
+    fn open_all(&self, at: &[Location], access: Access, cache: CacheMode) -> impl Future<Output = Vec<io::Result<Self::File>>> {
+        join_all(at.iter().map(move |at| self.open(at, access, cache)))
+    }
 
     /// Which file each of these paths leads to, through links as well.
     ///

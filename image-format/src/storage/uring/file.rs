@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use io_uring::{opcode, squeue, types};
-use rustix::fs::{FileType, OFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, FileType, OFlags, Statx, StatxFlags};
+use rustix::io::retry_on_intr;
 
 use super::locks;
 use super::operation::{CallKind, Output};
@@ -192,6 +193,10 @@ impl UringFile {
     }
 
     async fn stat(&self, mask: StatxFlags) -> io::Result<Statx> {
+        if self.file.medium != Medium::Served {
+            // The kernel has that of an open file in memory; the ring would have one of its threads look there.
+            return Ok(retry_on_intr(|| rustix::fs::statx(&*self.file, "", AtFlags::EMPTY_PATH, mask))?);
+        }
         Ok(stat::examine(Arc::clone(&self.file), mask).await?.1)
     }
 }

@@ -22,6 +22,17 @@ pub(super) const FACTS: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO).uni
 /// # Errors
 /// Whatever the system reports; `InvalidInput` if it is neither a file nor a block device.
 pub(super) fn file(at: &Location, access: Access, cache: CacheMode) -> io::Result<UringFile> {
+    file_beneath(&mut None, at, access, cache)
+}
+
+/// Opens images, each as [`file()`] does, and a directory once for all in a row that lie beneath it.
+pub(super) fn files(at: &[Location], access: Access, cache: CacheMode) -> Vec<io::Result<UringFile>> {
+    let mut last = None;
+    at.iter().map(|at| file_beneath(&mut last, at, access, cache)).collect()
+}
+
+/// As [`file()`], where `last` is the directory beneath which the last one was opened, by its name.
+fn file_beneath<'a>(last: &mut Option<(&'a Path, OwnedFd)>, at: &'a Location, access: Access, cache: CacheMode) -> io::Result<UringFile> {
     let (flags, mode) = match access {
         Access::Read => (OFlags::RDONLY, Mode::empty()),
         Access::Write => (OFlags::RDWR, Mode::empty()),
@@ -32,10 +43,13 @@ pub(super) fn file(at: &Location, access: Access, cache: CacheMode) -> io::Resul
     let fd = match at {
         Location::Trusted(path) => open(path, flags, mode)?,
         Location::Beneath { directory, name } => {
-            let directory = open(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
+            let directory = match last {
+                Some((name, fd)) if *name == directory => fd,
+                _ => &last.insert((directory, open(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?)).1,
+            };
             // It stays beneath the directory, and passes no link of any kind.
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-            retry_on_intr(|| rustix::fs::openat2(&directory, name, flags | OFlags::CLOEXEC, mode, resolve))?
+            retry_on_intr(|| rustix::fs::openat2(directory, name, flags | OFlags::CLOEXEC, mode, resolve))?
         }
     };
     let facts = retry_on_intr(|| rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, FACTS))?;

@@ -1,4 +1,4 @@
-//! What the system says about an open file, asked for through the ring: it may take a file server to find out.
+//! What the system says about an open file. Where it may take a file server to find out, it is asked for through the ring.
 
 use std::cell::UnsafeCell;
 use std::io;
