@@ -160,6 +160,7 @@ fn a_name_stands_for_one_snapshot_under_way_or_recorded() {
         let first = world.begin("snapshot-create", of("vda"));
         let refused = world.ask("snapshot-create", of("vdb")).await.expect_err("one of that name is under way").desc;
         assert!(refused.contains("there already is a snapshot 's'"), "{refused}");
+        assert!(!first.is_there(), "it is under way still");
         first.wait().await.expect("the first comes to its end");
         for device in ["vda", "vdb"] {
             let refused = world.ask("snapshot-create", of(device)).await.expect_err("one of that name is recorded").desc;

@@ -5,7 +5,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use crate::layer::Layer;
@@ -18,9 +17,11 @@ use super::{AllowedDirectories, Format, MAX_DEPTH, NameError, UnknownFormat};
 
 /// Layers that are opened at a time.
 const AT_ONCE: usize = 64;
-/// Files that are expected and asked for together, and how many times so many at a time.
-const TOGETHER: usize = 64;
-const GROUPS_AT_ONCE: usize = 4;
+/// Expected files that are opened together, perhaps one after the other on one thread: where each takes its time, on a file server, a chain is opened
+/// later so than if all had threads of their own, and where it does not, much earlier.
+const GROUP: usize = 16;
+/// Such groups that are opened at a time.
+const GROUPS_AT_ONCE: usize = 16;
 
 /// How a chain is opened.
 #[derive(Clone, Debug)]
@@ -250,14 +251,14 @@ async fn open_ahead<E: Environment>(environment: &E, options: &ChainOptions<'_>,
         };
         Some((location.path(), Ahead { file, header }))
     };
-    let open_group = async |group: &[(Location, Format)]| {
+    let groups = stream::iter(located.chunks(GROUP)).map(|group| async move {
         let locations: Vec<_> = group.iter().map(|(location, _)| location.clone()).collect();
         let files = environment.open_all(&locations, Access::Read, options.cache).await;
-        let opened = files.into_iter().zip(group).filter_map(|(file, known)| Some((file.ok()?, known)));
-        join_all(opened.map(|(file, known)| look(file, known))).await
-    };
-    let groups = stream::iter(located.chunks(TOGETHER)).map(open_group).buffer_unordered(GROUPS_AT_ONCE);
-    groups.flat_map(stream::iter).filter_map(std::future::ready).collect().await
+        stream::iter(files.into_iter().zip(group).filter_map(|(file, known)| Some((file.ok()?, known))))
+    });
+    let opened = groups.buffer_unordered(GROUPS_AT_ONCE).flatten();
+    let looked = opened.map(|(file, known)| look(file, known)).buffer_unordered(AT_ONCE);
+    looked.filter_map(std::future::ready).collect().await
 }
 
 /// Follows the chain from its top to the base, and locks all of it.

@@ -233,8 +233,8 @@ pub trait Environment: std::fmt::Debug + Clone + Send + Sync + 'static {
     /// block device; `ELOOP` or `EXDEV` for a name that leaves its allowed directory.
     fn open(&self, at: &Location, access: Access, cache: CacheMode) -> impl Future<Output = io::Result<Self::File>>;
 
-    /// Opens several, each as [`open`](Environment::open) does. Who opens many at once asks for some at a time: where all are opened one after the
-    /// other, one that hangs keeps those back that come after it.
+    /// Opens several, each as [`open`](Environment::open) does, perhaps one after the other: one that hangs may keep back those behind it, and what is
+    /// found of a directory then counts for all that lie beneath it in a row. Who opens many asks for some at a time.
     ///
     /// # Errors
     /// For each as [`open`](Environment::open) has them.

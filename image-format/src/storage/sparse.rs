@@ -16,7 +16,7 @@ const PAGE_LEN: usize = 4096;
 /// The longest file, as Linux has it.
 const MAX_LEN: u64 = i64::MAX as u64;
 
-/// The most space to be had at once.
+/// The most space to be had at once, as on a disk of some size.
 const MAX_ALLOCATION: u64 = 64 << 30;
 
 /// Bytes with holes. Cloning shares the pages until one side writes, so that copies of a whole disk are cheap.

@@ -193,7 +193,7 @@ impl UringFile {
     }
 
     async fn stat(&self, mask: StatxFlags) -> io::Result<Statx> {
-        if self.file.medium != Medium::Served {
+        if matches!(self.file.medium, Medium::Memory | Medium::Local) {
             // The kernel has that of an open file in memory; the ring would have one of its threads look there.
             return Ok(retry_on_intr(|| rustix::fs::statx(&*self.file, "", AtFlags::EMPTY_PATH, mask))?);
         }

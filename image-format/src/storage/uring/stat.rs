@@ -19,6 +19,8 @@ pub(super) enum Medium {
     Memory,
     /// The kernel and its devices.
     Local,
+    /// A file system over others (overlayfs), taken to be local ones; but what it is asked about a file, it asks them.
+    Stacked,
     /// Perhaps another program or machine, which may take for ever.
     Served,
 }
@@ -29,17 +31,18 @@ const MEMORY: [u64; 2] = [
     0x8584_58f6, // ramfs
 ];
 
-/// File systems of which nothing but the kernel and its devices answers (linux/magic.h; zfs and bcachefs have theirs in their own sources). A stack
-/// of file systems (overlayfs) is taken to lie on one of them.
-const LOCAL: [u64; 7] = [
+/// File systems of which nothing but the kernel and its devices answers (linux/magic.h; zfs and bcachefs have theirs in their own sources).
+const LOCAL: [u64; 6] = [
     0xef53,      // ext2, ext3, ext4
     0x5846_5342, // XFS
     0x9123_683e, // btrfs
     0xf2f5_2010, // F2FS
     0x2fc1_2fc1, // ZFS
     0xca45_1a4e, // bcachefs
-    0x794c_7630, // overlayfs
 ];
+
+/// Overlayfs (linux/magic.h).
+const OVERLAYFS: u64 = 0x794c_7630;
 
 impl Medium {
     /// What an open file lies on. Whoever serves it is asked, so it may take for ever.
@@ -47,6 +50,7 @@ impl Medium {
         match rustix::fs::fstatfs(file).map(|system| system.f_type.cast_unsigned() & 0xffff_ffff) {
             Ok(system) if MEMORY.contains(&system) => Self::Memory,
             Ok(system) if LOCAL.contains(&system) => Self::Local,
+            Ok(OVERLAYFS) => Self::Stacked,
             _ => Self::Served,
         }
     }
@@ -79,4 +83,25 @@ pub(super) async fn examine<F: AsFd + 'static>(file: F, mask: StatxFlags) -> io:
     let answer = question.answer.into_inner();
     // SAFETY: the kernel has reported success, so it has written the whole structure, any bytes of which are a valid one.
     Ok((question.file, unsafe { answer.assume_init() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::AtFlags;
+
+    use super::super::Reactor;
+    use super::*;
+
+    /// Files on a file server are asked about so.
+    #[test]
+    fn the_ring_finds_out_what_the_system_says() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(777).expect("a length");
+        let mask = StatxFlags::SIZE | StatxFlags::INO;
+        let said = rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH, mask).expect("an answer");
+        let asked = async move { examine(file, mask).await };
+        let (file, answer) = Reactor::new(8).expect("a reactor").block_on(asked).expect("the ring works").expect("an answer");
+        assert_eq!((answer.stx_size, answer.stx_ino), (777, said.stx_ino));
+        assert_eq!(file.metadata().expect("the file itself").len(), 777);
+    }
 }
