@@ -487,6 +487,7 @@ mod tests {
     use super::*;
     use crate::extent::{ExtentList, Mapping};
     use crate::layer::Reservation;
+    use crate::qcow2::refcount::CACHE_BYTES;
     use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image, write};
     use crate::qcow2::{CheckOptions, CreateOptions, OpenOptions, check};
     use crate::storage::simulated::{Fault, FaultEffect, OperationKind, SimulatedEnvironment};
@@ -842,9 +843,9 @@ mod tests {
     }
 
     /// Fills the memory for refcount blocks, so that the next one to be read drives out all that need not stay.
-    fn crowd(image: &SimulatedImage, first: u64) {
+    fn crowd(image: &SimulatedImage) {
         let zeros = vec![0; image.geometry().cluster_len()];
-        for index in first..first + (8 << 20 >> image.geometry().cluster_bits()) {
+        for index in 1..=CACHE_BYTES as u64 >> image.geometry().cluster_bits() {
             image.inner.allocator().refcounts.insert(index, &zeros, |_| true);
         }
     }
@@ -861,7 +862,7 @@ mod tests {
                 image.inner.allocator().push_ready(run, false);
             }
             image.inner.allocator().appending = 11..12;
-            crowd(&image, 1);
+            crowd(&image);
             image.inner.load_refcounts(0, &turn).await.expect("sound");
             let in_memory: Vec<_> = (1..20).filter(|&index| state(index) == BlockState::Loaded).collect();
             assert_eq!(in_memory, [2, 3, 6, 8, 11]);
@@ -874,7 +875,7 @@ mod tests {
             let taken = image.inner.allocate().await.expect("space").host;
             let cluster = image.geometry().host_cluster(taken).0;
             image.flush().await.expect("sound");
-            crowd(&image, 1);
+            crowd(&image);
             image.inner.allocator().refcounts.insert(1 << 20, &[0; 512], |_| false);
             assert_eq!(image.inner.allocator().refcounts.get(HostCluster(cluster)), None, "its count is not in memory");
             image.inner.put_back(taken);

@@ -10,7 +10,7 @@ use super::geometry::{Geometry, HOST_LIMIT, HostCluster, MAX_REFCOUNT_TABLE_BYTE
 use super::l1::{SECTOR, table_bytes, table_sector};
 
 /// Bytes of clean refcount blocks to keep in memory.
-const CACHE_BYTES: usize = 8 << 20;
+pub(super) const CACHE_BYTES: usize = 8 << 20;
 
 /// Reference counts of all host clusters.
 ///

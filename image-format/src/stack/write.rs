@@ -246,7 +246,7 @@ mod tests {
     use crate::raw::Raw;
     use crate::stack::{FenceDomain, Stack};
     use crate::storage::kept::{MemoryKeeper, TestKeeper};
-    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
+    use crate::storage::simulated::{SimulatedEnvironment, SimulatedFile, Simulation};
     use crate::storage::{Access, CacheMode, Location};
 
     const DISK_BYTES: u64 = 1 << 20;
@@ -257,7 +257,7 @@ mod tests {
         buffer
     }
 
-    async fn open(environment: &SimulatedEnvironment, name: &str, access: Access) -> <SimulatedEnvironment as Environment>::File {
+    async fn open(environment: &SimulatedEnvironment, name: &str, access: Access) -> SimulatedFile {
         environment.open(&Location::Trusted(Path::new(name).to_owned()), access, CacheMode::Direct).await.expect("a file")
     }
 

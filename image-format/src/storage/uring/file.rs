@@ -10,8 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use io_uring::{opcode, squeue, types};
-use rustix::fs::{AtFlags, FileType, OFlags, Statx, StatxFlags};
-use rustix::io::retry_on_intr;
+use rustix::fs::{FileType, OFlags, Statx, StatxFlags};
 
 use super::locks;
 use super::operation::{CallKind, Output};
@@ -195,7 +194,7 @@ impl UringFile {
     async fn stat(&self, mask: StatxFlags) -> io::Result<Statx> {
         if matches!(self.file.medium, Medium::Memory | Medium::Local) {
             // The kernel has that of an open file in memory; the ring would have one of its threads look there.
-            return Ok(retry_on_intr(|| rustix::fs::statx(&*self.file, "", AtFlags::EMPTY_PATH, mask))?);
+            return stat::look(&*self.file, mask);
         }
         Ok(stat::examine(Arc::clone(&self.file), mask).await?.1)
     }

@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::retry_on_intr;
 
 use super::file::UringFile;
-use super::stat::Medium;
+use super::stat::{self, Medium};
 use crate::storage::{Access, CacheMode, FileIdentity, Location};
 
 /// Permissions of new images: for their owner only, as they hold what a guest holds. The umask takes its share of it.
@@ -52,7 +52,7 @@ fn file_beneath<'a>(last: &mut Option<(&'a Path, OwnedFd)>, at: &'a Location, ac
             retry_on_intr(|| rustix::fs::openat2(directory, name, flags | OFlags::CLOEXEC, mode, resolve))?
         }
     };
-    let facts = retry_on_intr(|| rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, FACTS))?;
+    let facts = stat::look(&fd, FACTS)?;
     let medium = Medium::of(&fd);
     UringFile::adopt(fd, &facts, medium, at.path(), cache)
 }

@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 
 use io_uring::{opcode, types};
-use rustix::fs::{Statx, StatxFlags};
+use rustix::fs::{AtFlags, Statx, StatxFlags};
+use rustix::io::retry_on_intr;
 
 use super::environment::call;
 use super::operation::CallKind;
@@ -56,6 +57,14 @@ impl Medium {
     }
 }
 
+/// Asks for what `mask` names at once. Whoever serves the file is asked, so it may take for ever.
+///
+/// # Errors
+/// Whatever the system reports.
+pub(super) fn look(file: impl AsFd, mask: StatxFlags) -> io::Result<Statx> {
+    Ok(retry_on_intr(|| rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH, mask))?)
+}
+
 /// Memory of a question about an open file.
 struct Question<F> {
     file: F,
@@ -65,7 +74,7 @@ struct Question<F> {
 // The kernel writes a whole `struct statx`, which has this size for ever (linux/stat.h).
 const _: () = assert!(size_of::<Statx>() == 256);
 
-/// Asks for what `mask` names, and gives the file back with the answer.
+/// As [`look`], through the ring: gives the file back with the answer.
 ///
 /// # Errors
 /// Whatever the system reports.
@@ -87,8 +96,6 @@ pub(super) async fn examine<F: AsFd + 'static>(file: F, mask: StatxFlags) -> io:
 
 #[cfg(test)]
 mod tests {
-    use rustix::fs::AtFlags;
-
     use super::super::Reactor;
     use super::*;
 
@@ -98,7 +105,7 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(777).expect("a length");
         let mask = StatxFlags::SIZE | StatxFlags::INO;
-        let said = rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH, mask).expect("an answer");
+        let said = look(&file, mask).expect("an answer");
         let asked = async move { examine(file, mask).await };
         let (file, answer) = Reactor::new(8).expect("a reactor").block_on(asked).expect("the ring works").expect("an answer");
         assert_eq!((answer.stx_size, answer.stx_ino), (777, said.stx_ino));
