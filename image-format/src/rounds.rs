@@ -3,6 +3,7 @@
 //! That a flush has failed outlives the process, if there is a keeper: what was written before it can be seen until the power is cut, also by a process
 //! that opens the file again, and no flush of that one makes it durable.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::error::{LayerError, Structure};
@@ -23,6 +24,9 @@ pub(crate) struct Rounds {
     /// The first failure after which what is in the file is unknown.
     failed: OnceLock<LayerError>,
     outliving: OnceLock<Outliving>,
+    /// Nobody refers to the file yet, so what is in it needs no order: it is flushed once, at the end. Relaxed: changed by whoever makes the image, before
+    /// others have it.
+    is_draft: AtomicBool,
 }
 
 /// What is remembered of the files beyond this process.
@@ -111,11 +115,30 @@ impl Rounds {
         }
     }
 
-    /// Flushes the file.
+    /// Nobody refers to the file before [`end_draft`](Self::end_draft): until then it is not flushed.
+    pub(crate) fn begin_draft(&self) {
+        self.is_draft.store(true, Ordering::Relaxed);
+    }
+
+    /// Makes all of the draft durable. Only when nothing is under way.
+    ///
+    /// # Errors
+    /// What the medium says: it stays a draft, and nobody has lost anything.
+    pub(crate) async fn end_draft(&self, file: &impl Storage) -> Result<(), LayerError> {
+        let flushed = file.flush().await;
+        flushed.map_err(|error| self.fail(LayerError::io("flush", Structure::File, HostOffset::ZERO, error)))?;
+        self.is_draft.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Flushes the file, unless it is a draft.
     ///
     /// # Errors
     /// What the medium says, after that has been noted.
     pub(crate) async fn flush(&self, file: &impl Storage) -> Result<(), LayerError> {
+        if self.is_draft.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         file.flush().await.map_err(|error| {
             self.note_failure();
             LayerError::io("flush", Structure::File, HostOffset::ZERO, error)

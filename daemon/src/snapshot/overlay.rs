@@ -7,7 +7,7 @@ use snapfence_image_format::chain::{self, AllowedDirectories, ChainCause, Format
 use snapfence_image_format::error::LayerError;
 use snapfence_image_format::extent::{ExtentList, Mapping};
 use snapfence_image_format::layer::Layer;
-use snapfence_image_format::qcow2::{CreateError, CreateOptions, Header, HeaderError, OpenError, OpenOptions, Qcow2};
+use snapfence_image_format::qcow2::{CreateOptions, Draft, DraftError, Header, HeaderError, OpenError, OpenOptions, Qcow2};
 use snapfence_image_format::storage::kept::MemoryKeeper;
 use snapfence_image_format::storage::{Access, CacheMode, Environment, FileIdentity, Location, Storage};
 use snapfence_image_format::units::{GuestOffset, GuestRange};
@@ -102,9 +102,9 @@ pub enum OverlayCause {
         #[source]
         source: std::io::Error,
     },
-    /// The image cannot be written.
+    /// The image cannot be made.
     #[error(transparent)]
-    Create(#[from] CreateError),
+    Draft(#[from] DraftError),
     /// It cannot be opened or locked.
     #[error(transparent)]
     Open(#[from] ChainCause),
@@ -173,8 +173,8 @@ pub(crate) fn temporary_path(overlay: &Path, mark: u64) -> PathBuf {
     overlay.with_file_name(format!(".{name}.{:08x}", mark & 0xffff_ffff))
 }
 
-/// Makes or opens the overlay, checks that it may cover the present top, and gets it ready for quick writes. Everything is durable then. What is
-/// made bears `mark`, which the catalogue knows already.
+/// Makes or opens the overlay, checks that it may cover the present top, and gets it ready for quick writes. Everything is durable then but its name,
+/// for which the caller flushes the directory. What is made bears `mark`, which the catalogue knows already.
 ///
 /// # Errors
 /// What is wrong with it. A file that was made is removed again.
@@ -191,22 +191,15 @@ pub(crate) async fn prepare<E: Environment>(
     }
     let location = below.allowed.locate(path).map_err(|error| failed(error.into()))?;
     let path = &location.path();
-    let created = match wanted {
-        Overlay::Existing(_) => None,
-        Overlay::Create | Overlay::CreateAt(_) => Some(create(environment, below, mark, &location, others).await.map_err(failed)?),
+    let created = !matches!(wanted, Overlay::Existing(_));
+    let opened = if created {
+        create(environment, below, mark, &location, others).await
+    } else {
+        adopt(environment, below, &location, others).await
     };
-    match adopt(environment, below, path, &location, created, others).await {
-        Ok((identity, image)) => {
-            let record = LayerRecord { path: path.to_owned(), format: Format::Qcow2 };
-            Ok(Prepared { record, identity, layer: Arc::new(image), created: created.is_some(), location })
-        }
-        Err(cause) => {
-            if let Some(identity) = created {
-                remove(environment, others.keeper, &location, identity).await;
-            }
-            Err(failed(cause))
-        }
-    }
+    let (identity, image) = opened.map_err(failed)?;
+    let record = LayerRecord { path: path.to_owned(), format: Format::Qcow2 };
+    Ok(Prepared { record, identity, layer: Arc::new(image), created, location })
 }
 
 /// Takes back what was prepared.
@@ -236,7 +229,7 @@ async fn remove<E: Environment>(environment: &E, keeper: &Arc<dyn MemoryKeeper>,
 }
 
 /// Removes the file of this identity, if it still has its name, and memory that was kept for it: closing the image may have failed to, and nobody
-/// opens it any more.
+/// opens it any more. Nothing of that name is as good.
 ///
 /// # Errors
 /// If it cannot be looked at, or not be removed.
@@ -246,15 +239,21 @@ pub(crate) async fn remove_file<E: Environment>(
     location: &Location,
     identity: FileIdentity,
 ) -> std::io::Result<()> {
-    let file = environment.open(location, Access::Read, CacheMode::Buffered).await?;
+    let file = match environment.open(location, Access::Read, CacheMode::Buffered).await {
+        Ok(file) => file,
+        // Somebody was faster. What is kept for it stays: another file may have its number by now.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
     if file.identity() == identity {
         environment.remove(&location.path()).await?;
+        // While the file is open, no other has its number.
         keeper.retain(identity, 0);
     }
     Ok(())
 }
 
-/// Writes a new image under a temporary name, makes it durable, and gives it its name, which nothing may have had. Says which file it is.
+/// Makes a new image under a temporary name and gives it its own, which nothing may have had. Returns it open, and says which file it is.
 ///
 /// Giving a file a name would replace another file of that name, whoever has made that in the meantime; only making a file is refused then. So an
 /// empty one is made first, in whose place the image comes at once.
@@ -264,7 +263,7 @@ async fn create<E: Environment>(
     mark: u64,
     location: &Location,
     others: &Others<'_>,
-) -> Result<FileIdentity, OverlayCause> {
+) -> Result<(FileIdentity, Layer<E>), OverlayCause> {
     let still_wanted = || if (others.wanted)() { Ok(()) } else { Err(OverlayCause::TooLate) };
     let make = |action| move |source| OverlayCause::Make { action, source };
     let path = &location.path();
@@ -282,29 +281,42 @@ async fn create<E: Environment>(
     let temporary = below.allowed.locate(&temporary)?;
     let file = environment.open(&temporary, Access::CreateNew, below.cache).await.map_err(make("create the file"))?;
     let identity = file.identity();
-    let written = async {
+    let mut may_be_named = false;
+    let made = async {
+        chain::lock_file(&file, true).await?;
         let backing = backing_name(&below.record.path, path);
         let options = CreateOptions { mark: Some(mark), ..CreateOptions::overlay(below.virtual_size, backing, below.record.format.name()) };
-        Qcow2::<E>::create(&file, &options).await?;
-        file.flush().await.map_err(make("flush the file"))?;
+        let draft = Draft::<E>::make(file, &options, others.keeper).await?;
+        covers(environment, below, path, &draft.header()).await?;
+        let image = draft.finish().await?;
         still_wanted()?;
         let place = environment.open(location, Access::CreateNew, below.cache).await.map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => OverlayCause::Exists,
             _ => OverlayCause::Make { action: "create the file", source: error },
         })?;
+        may_be_named = true;
         if let Err(source) = environment.rename(&temporary.path(), path).await {
             remove(environment, others.keeper, location, place.identity()).await;
             return Err(OverlayCause::Make { action: "give the file its name", source });
         }
-        Ok(())
+        match environment.identities(std::slice::from_ref(path)).await.pop() {
+            Some(Ok(found)) if found == identity => Ok(Layer::Qcow2(image)),
+            Some(Err(source)) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(OverlayCause::Make { action: "look at the file", source })
+            }
+            _ => Err(OverlayCause::Replaced),
+        }
     };
-    let result = written.await;
-    drop(file);
-    if let Err(cause) = result {
-        remove(environment, others.keeper, &temporary, identity).await;
-        return Err(cause);
+    match made.await {
+        Ok(image) => Ok((identity, image)),
+        Err(cause) => {
+            remove(environment, others.keeper, &temporary, identity).await;
+            if may_be_named {
+                remove(environment, others.keeper, location, identity).await;
+            }
+            Err(cause)
+        }
     }
-    Ok(identity)
 }
 
 /// How an overlay names the top: by the plain name where they are neighbours, so that the folder can be moved.
@@ -316,23 +328,20 @@ fn backing_name(top: &Path, overlay: &Path) -> PathBuf {
     }
 }
 
+/// Opens an image that is there, sees to it that it may cover the present top, and gets it ready for quick writes, durably.
 async fn adopt<E: Environment>(
     environment: &E,
     below: &Below,
-    path: &Path,
     location: &Location,
-    created: Option<FileIdentity>,
     others: &Others<'_>,
 ) -> Result<(FileIdentity, Layer<E>), OverlayCause> {
+    let path = &location.path();
     let file = match environment.open(location, Access::Write, below.cache).await {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(OverlayCause::Missing),
         Err(source) => return Err(ChainCause::Open { writing: true, source }.into()),
     };
     let identity = file.identity();
-    if created.is_some_and(|created| created != identity) {
-        return Err(OverlayCause::Replaced);
-    }
     if let Some(device) = (others.serving)(identity) {
         return Err(OverlayCause::InUse(device));
     }
@@ -344,31 +353,20 @@ async fn adopt<E: Environment>(
     covers(environment, below, path, &header).await?;
     let opening = OpenOptions { keeper: Some(Arc::clone(others.keeper)), keep_later: true, ..OpenOptions::writing() };
     let image = Layer::Qcow2(Qcow2::open_with_header(file, header, opening).await?);
-    match make_ready(environment, path, &image, below.virtual_size, others.keeper).await {
+    let ready = async {
+        if let Some(at) = first_data(&image, below.virtual_size).await? {
+            return Err(OverlayCause::NotEmpty(at));
+        }
+        image.keep(others.keeper).await?;
+        Ok(image.warm().await?)
+    };
+    match ready.await {
         Ok(()) => Ok((identity, image)),
         Err(cause) => {
             give_back(path, &image).await;
             Err(cause)
         }
     }
-}
-
-/// Sees to it that the image is empty, quick to write to, and durable.
-async fn make_ready<E: Environment>(
-    environment: &E,
-    path: &Path,
-    image: &Layer<E>,
-    size: u64,
-    keeper: &Arc<dyn MemoryKeeper>,
-) -> Result<(), OverlayCause> {
-    if let Some(at) = first_data(image, size).await? {
-        return Err(OverlayCause::NotEmpty(at));
-    }
-    image.keep(keeper).await?;
-    image.warm().await?;
-    image.flush().await?;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    environment.flush_directory(directory).await.map_err(|source| OverlayCause::Make { action: "flush the directory", source })
 }
 
 /// Takes out of the file what writing needs: reserved space, and where unwritten changes would be kept.

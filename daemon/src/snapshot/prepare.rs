@@ -5,7 +5,7 @@
 //! whenever they get so far. Nothing of what such a task does can become part of a snapshot any more.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -39,8 +39,8 @@ pub(super) struct Ready<E: Environment, H: Host<E>> {
 struct Preparation<E: Environment, H: Host<E>> {
     /// Nobody wants them any more.
     abandoned: Cell<bool>,
-    /// Devices that a task is waiting for.
-    awaited: RefCell<BTreeSet<String>>,
+    /// Devices that tasks are waiting for, each as often as one is.
+    awaited: RefCell<Vec<String>>,
     /// What is ready, by its place in the group.
     ready: RefCell<Vec<(usize, Cut<E, H>)>>,
     first_error: RefCell<Option<RunError>>,
@@ -76,12 +76,22 @@ impl<E: Environment, H: Host<E>> Preparation<E, H> {
         })
     }
 
-    /// Runs `work` on behalf of `device`.
-    async fn awaiting<T>(&self, device: &str, work: impl Future<Output = T>) -> T {
-        self.awaited.borrow_mut().insert(device.to_owned());
+    /// Runs `work` on behalf of these devices.
+    async fn awaiting<T>(&self, devices: &[String], work: impl Future<Output = T>) -> T {
+        self.awaited.borrow_mut().extend_from_slice(devices);
         let value = work.await;
-        self.awaited.borrow_mut().remove(device);
+        let mut awaited = self.awaited.borrow_mut();
+        for device in devices {
+            let at = awaited.iter().position(|other| other == device).expect("each takes out what it has put in");
+            awaited.swap_remove(at);
+        }
         value
+    }
+
+    /// Devices that are waited for, in words.
+    fn awaited(&self) -> String {
+        let devices: BTreeSet<_> = self.awaited.borrow().iter().map(|device| format!("'{device}'")).collect();
+        devices.into_iter().collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -98,8 +108,13 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 begun.first_error.borrow_mut().get_or_insert(error);
             }
         });
+        let all_ended = async {
+            preparation.tasks.all_ended().await;
+            self.flush_names(&preparation);
+            preparation.tasks.all_ended().await;
+        };
         let (cancelled, limit) = (std::pin::pin!(job.wait_cancelled()), std::pin::pin!(self.patience(PREPARE_LIMIT)));
-        let error = match select(std::pin::pin!(preparation.tasks.all_ended()), select(cancelled, limit)).await {
+        let error = match select(std::pin::pin!(all_ended), select(cancelled, limit)).await {
             Either::Left(_) => {
                 let Some(error) = preparation.first_error.take() else {
                     let mut ready = preparation.ready.take();
@@ -111,12 +126,37 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             }
             Either::Right((Either::Left(_), _)) => RunError::Cancelled,
             Either::Right((Either::Right(_), _)) => {
-                let awaited = preparation.awaited.borrow().iter().map(|device| format!("'{device}'")).collect::<Vec<_>>();
-                RunError::NotReady(awaited.join(", "))
+                let failed = preparation.first_error.take();
+                failed.unwrap_or_else(|| RunError::NotReady(preparation.awaited()))
             }
         };
         self.abandon(&preparation).await;
         Err(error)
+    }
+
+    /// Begins to make the names of the overlays durable, each directory once. Not if anything has failed.
+    fn flush_names(self: &Rc<Self>, preparation: &Rc<Preparation<E, H>>) {
+        if preparation.first_error.borrow().is_some() {
+            return;
+        }
+        let mut directories: BTreeMap<PathBuf, Vec<(String, PathBuf)>> = BTreeMap::new();
+        for (_, cut) in &*preparation.ready.borrow() {
+            let path = &cut.overlay.record.path;
+            let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
+            directories.entry(directory).or_default().push((cut.device.name().to_owned(), path.clone()));
+        }
+        for (directory, members) in directories {
+            let (environment, state) = (self.environment.clone(), Rc::clone(preparation));
+            preparation.tasks.spawn(&self.environment, async move {
+                let (devices, mut paths): (Vec<_>, Vec<_>) = members.into_iter().unzip();
+                if let Err(source) = state.awaiting(&devices, environment.flush_directory(&directory)).await {
+                    let cause = OverlayCause::Make { action: "flush the directory", source };
+                    let (device, path) = (devices[0].clone(), paths.swap_remove(0));
+                    let error = RunError::Overlay { device, source: OverlayError { path, cause } };
+                    state.first_error.borrow_mut().get_or_insert(error);
+                }
+            });
+        }
     }
 
     /// Takes back what was prepared; a disk that hangs is not waited for.
@@ -129,7 +169,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         for (_, cut) in preparation.ready.take() {
             let (manager, state) = (Rc::clone(self), Rc::clone(preparation));
             preparation.tasks.spawn(&self.environment, async move {
-                state.awaiting(cut.device.name(), overlay::discard(&manager.environment, &manager.keeper, cut.overlay)).await;
+                state.awaiting(&[cut.device.name().to_owned()], overlay::discard(&manager.environment, &manager.keeper, cut.overlay)).await;
             });
         }
         // Once nobody makes anything any more, nothing is left; only then may the record go that would lead the next start to it.
@@ -143,7 +183,8 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         let limit = self.patience(UNDO_LIMIT);
         if let Either::Right(_) = select(std::pin::pin!(end.all_ended()), std::pin::pin!(limit)).await {
             tracing::error!(
-                event = "overlay_abandoned", devices = ?preparation.awaited.borrow(),
+                event = "overlay_abandoned",
+                devices = preparation.awaited(),
                 "the files of these devices do not answer; what was begun there is removed when they do"
             );
         }
@@ -151,7 +192,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
 
     /// Finds out where the overlays shall be, and begins to make and open them.
     async fn begin_members(self: &Rc<Self>, asked: &Asked, preparation: &Rc<Preparation<E, H>>) -> Result<(), RunError> {
-        let given = asked.members.iter().map(|member| preparation.awaiting(&member.device, self.given_path(member)));
+        let given = asked.members.iter().map(|member| preparation.awaiting(std::slice::from_ref(&member.device), self.given_path(member)));
         let given = join_all(given).await.into_iter().collect::<Result<Vec<_>, _>>()?;
         let mut paths: Vec<PathBuf> = Vec::new();
         let mut plans = Vec::new();
@@ -194,7 +235,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                         Ok(cut) => state.ready.borrow_mut().push((at, cut)),
                     }
                 };
-                state.awaiting(&name, member).await;
+                state.awaiting(std::slice::from_ref(&name), member).await;
             });
         }
         Ok(())

@@ -9,6 +9,7 @@ use crate::storage::{Environment, Storage};
 use crate::units::HostOffset;
 
 use super::Qcow2;
+use super::draft::Flushes;
 use super::entry::{COPIED, EntryFormat, Standard};
 use super::geometry::{Geometry, HostCluster, MAX_CLUSTER_BITS, MAX_REFCOUNT_TABLE_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_L2_CLUSTER_BITS};
 use super::header::{Compression, MAGIC, MAX_BACKING_NAME, V2_HEADER_BYTES, compatible, extension, incompatible};
@@ -165,6 +166,11 @@ impl<E: Environment> Qcow2<E> {
     /// # Errors
     /// If the options contradict one another or the format, or the file cannot be written.
     pub async fn create(file: &E::File, options: &CreateOptions) -> Result<(), CreateError> {
+        Self::write_new(file, options, Flushes::AsNeeded).await
+    }
+
+    /// As [`create`](Self::create), but perhaps as a draft.
+    pub(super) async fn write_new(file: &E::File, options: &CreateOptions, flushes: Flushes) -> Result<(), CreateError> {
         let geometry = options.check()?;
         let layout = Layout::new(&geometry, options)?;
         let header = header_cluster(options, &geometry, &layout)?;
@@ -172,7 +178,7 @@ impl<E: Environment> Qcow2<E> {
         if is_device && options.preallocate == Preallocate::Metadata {
             return Err(CreateError::PreallocateOnDevice);
         }
-        let writer = Writer { file, geometry: &geometry };
+        let writer = Writer { file, geometry: &geometry, flushes };
         if is_device {
             // An old header must not stay valid while the tables beneath it change.
             writer.write(HostCluster(0), AlignedBuffer::zeroed(geometry.cluster_len())).await?;
@@ -297,6 +303,7 @@ impl Layout {
 struct Writer<'a, S> {
     file: &'a S,
     geometry: &'a Geometry,
+    flushes: Flushes,
 }
 
 impl<S: Storage> Writer<'_, S> {
@@ -310,6 +317,9 @@ impl<S: Storage> Writer<'_, S> {
     }
 
     async fn flush(&self) -> Result<(), CreateError> {
+        if self.flushes == Flushes::AtTheEnd {
+            return Ok(());
+        }
         self.file.flush().await.map_err(|source| CreateError::Io { action: "flush", source })
     }
 }

@@ -85,20 +85,15 @@ impl<E: Environment> Qcow2<E> {
             return inner.admit_flush();
         }
         inner.phase.set(Phase::Freezing);
-        inner.write_back().await?;
-        // Nobody writes any more, so nothing is unmapped after this look at it.
-        let has_unmapped = inner.unmapped().has_any();
-        if has_unmapped {
+        // After a failure nothing in the file is changed any more.
+        inner.admit_flush()?;
+        if !inner.finish_unless_unmapped().await? {
             readers_gone.await;
+            inner.lower_unmapped().await?;
+            while !inner.finish_unless_unmapped().await? {
+                inner.lower_unmapped().await?;
+            }
         }
-        let end = inner.give_back().await?;
-        inner
-            .write_back_and(async |inner: &Inner<E>| {
-                inner.trim(end).await?;
-                inner.flush_device().await?;
-                inner.end_keeping().await
-            })
-            .await?;
         inner.phase.set(Phase::ReadOnly);
         // Of a deep chain most layers are frozen, so that what each keeps in memory counts.
         inner.slices.set_budget(READ_CACHE_BYTES);
@@ -108,13 +103,46 @@ impl<E: Environment> Qcow2<E> {
 }
 
 impl<E: Environment> Inner<E> {
-    /// Gives everything back that is allocated and not in use, and returns the first cluster after all that are in use.
-    async fn give_back(&self) -> Result<HostCluster, LayerError> {
+    /// Writes everything back, and finishes the file, unless there are clusters that nothing refers to any more and that still count as used: `false`.
+    /// To be dropped half-way counts as a failed flush.
+    async fn finish_unless_unmapped(&self) -> Result<bool, LayerError> {
+        let mut outcome = Ok(false);
+        let round = async {
+            // To the end: who lowers counts meanwhile would do so after the file is finished.
+            let turn = self.refcount_turn.take().await;
+            // Whoever had the turn may have found that the image cannot be right.
+            self.admit_flush()?;
+            let end = self.give_back_reserves(&turn).await;
+            // What was written is made durable whatever the counts are.
+            self.write_back_once().await?;
+            let end = match end {
+                Ok(end) => end,
+                Err(error) => {
+                    outcome = Err(error);
+                    return Ok(());
+                }
+            };
+            // Nobody writes any more and no other round is under way, so nothing is unmapped after this look at it.
+            if self.unmapped().has_any() {
+                return Ok(());
+            }
+            self.trim(end).await?;
+            let kept = self.leave_kept().await?;
+            self.flush_device().await?;
+            self.end_keeping(kept);
+            outcome = Ok(true);
+            Ok(())
+        };
+        self.rounds.alone(round).await?;
+        outcome
+    }
+
+    /// Gives clusters back that nothing refers to any more. Whoever was reading there has ended.
+    async fn lower_unmapped(&self) -> Result<(), LayerError> {
         let turn = self.refcount_turn.take().await;
-        // Nobody writes any more, and whoever was reading there has ended.
+        self.admit_flush()?;
         let unmapped = self.unmapped().take_all_unmapped();
-        self.lower_all(unmapped, &turn).await?;
-        self.give_back_reserves(&turn).await
+        self.lower_all(unmapped, &turn).await
     }
 
     /// Gives the space of clusters back that were ready for use, and returns the first cluster after all that are in use.
@@ -175,13 +203,21 @@ impl<E: Environment> Inner<E> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::path::Path;
+    use std::rc::Rc;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use futures_util::future::join;
 
     use super::*;
-    use crate::qcow2::testing::{SIMULATED_IMAGE, with_image, write};
-    use crate::qcow2::{CreateOptions, OpenOptions};
-    use crate::storage::simulated::{Fault, FaultEffect, OperationKind};
-    use crate::storage::{Access, CacheMode, Location, MemoryEnvironment};
+    use crate::qcow2::refcount::CACHE_BYTES;
+    use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, flushes_so_far, with_image, write};
+    use crate::qcow2::{CheckOptions, CreateOptions, OpenOptions, check};
+    use crate::storage::kept::{MemoryKeeper, TestKeeper};
+    use crate::storage::simulated::{Fault, FaultEffect, OperationKind, SimulatedEnvironment, Simulation};
+    use crate::storage::{Access, CacheMode, Location, MemoryEnvironment, StorageExt};
     use crate::units::{GuestOffset, GuestRange, HostOffset};
 
     #[test]
@@ -248,6 +284,107 @@ mod tests {
             assert_eq!(frozen as u64, (opened + 4) << 16);
             assert!(frozen < ahead);
         });
+    }
+
+    #[test]
+    fn freezing_takes_a_flush_for_what_entries_refer_to_one_for_the_entries_and_one_for_the_rest() {
+        with_image(10, CreateOptions::standalone(64 << 20), async |disk, image| {
+            let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
+            image.keep(&keeper).await.expect("sound");
+            image.warm().await.expect("space");
+            write(&image, 0, 4096).await;
+            let before = flushes_so_far(&disk);
+            image.freeze(async {}).await.expect("sound");
+            assert_eq!(flushes_so_far(&disk) - before, 3);
+        });
+    }
+
+    #[test]
+    fn a_frozen_image_has_no_leaks_whatever_was_about_to_be_freed() {
+        let options = || CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(64 << 20) };
+        // The first refcount table has room for 16,384 clusters.
+        for (clusters, discards, beside) in [(1_000, false, false), (100, true, false), (1_000, false, true), (100, true, true)] {
+            with_image(11, options(), async move |disk, image| {
+                for cluster in 0..clusters {
+                    write(&image, cluster * 512, 512).await;
+                }
+                image.flush().await.expect("sound");
+                let image = Rc::new(image);
+                let table = || image.inner.header().refcount_table_offset;
+                let before = table();
+                if discards {
+                    image.discard(GuestRange::new(GuestOffset::ZERO, 50 * 512), false, &|_| {}).await.expect("nothing beneath");
+                } else {
+                    for cluster in clusters..17_000 {
+                        write(&image, cluster * 512, 512).await;
+                    }
+                }
+                if beside {
+                    // Its round has taken what is to be freed, and gives it back at its end.
+                    disk.inject(Fault::once(OperationKind::Flush, 0).with(FaultEffect::Hang));
+                    let guest = Rc::new(Cell::new(false));
+                    let (flushing, ended) = (Rc::clone(&image), Rc::clone(&guest));
+                    disk.spawn(async move {
+                        flushing.flush().await.expect("sound");
+                        ended.set(true);
+                    });
+                    let released = async {
+                        disk.sleep_until(disk.now() + Duration::from_secs(1)).await;
+                        assert!(!guest.get());
+                        disk.release_hung();
+                    };
+                    join(image.freeze(async {}), released).await.0.expect("sound");
+                    assert!(guest.get());
+                } else {
+                    image.freeze(async {}).await.expect("sound");
+                }
+                let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+                let file = disk.open(&at, Access::Read, CacheMode::Direct).await.expect("there");
+                let report = check(&file, &CheckOptions::default()).await.expect("an image");
+                assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.findings);
+                assert_eq!(table() == before, discards, "the table has moved");
+            });
+        }
+    }
+
+    #[test]
+    fn a_failed_image_is_not_changed_by_freezing() {
+        with_image(12, CreateOptions::standalone(64 << 20), async |disk, image| {
+            image.warm().await.expect("space");
+            write(&image, 0, 4096).await;
+            image.inner.fail(LayerError::ReadOnly);
+            let before = disk.counts();
+            image.freeze(async {}).await.expect_err("a failed image");
+            assert_eq!(disk.counts(), before);
+        });
+    }
+
+    #[test]
+    fn what_was_written_is_durable_although_freezing_fails() {
+        let environment = SimulatedEnvironment::new(13);
+        let inner = environment.clone();
+        let options = CreateOptions { cluster_bits: 9, ..CreateOptions::standalone(64 << 20) };
+        let states = Simulation::on(environment).block_on(async move {
+            let at = Location::Trusted(Path::new(SIMULATED_IMAGE).to_owned());
+            let file = inner.open(&at, Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+            SimulatedImage::create(&file, &options).await.expect("created");
+            inner.flush_directory(Path::new("/")).await.expect("sound");
+            let image = SimulatedImage::open(file, OpenOptions::writing()).await.expect("opens");
+            write(&image, 0, 512).await;
+            image.flush().await.expect("sound");
+            // So many counts of others that those of the guest's cluster are not in memory any more.
+            for block in 1..=CACHE_BYTES as u64 / 512 {
+                image.inner.allocator().refcounts.insert(block, &[0; 512], |_| false);
+            }
+            let reservation = image.reserve(GuestRange::new(GuestOffset::ZERO, 512)).await.expect("in place");
+            image.inner.file.write_bytes(reservation.host(), &[9; 512]).await.expect("sound");
+            reservation.commit(|| {});
+            inner.inject(Fault::lasting(OperationKind::Read, 0));
+            image.freeze(async {}).await.expect_err("a count cannot be read");
+            inner.crash_states(100).map(|found| found.bytes(SIMULATED_IMAGE).expect("there")).collect::<Vec<_>>()
+        });
+        let has_it = |bytes: &Vec<u8>| bytes.chunks(512).any(|cluster| cluster.iter().all(|byte| *byte == 9));
+        assert!(states.iter().all(has_it), "the guest's cluster");
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod busy;
 mod check;
 mod compressed;
 mod create;
+mod draft;
 mod entry;
 mod geometry;
 mod grow;
@@ -40,6 +41,7 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 pub use check::{CheckError, CheckOptions, CheckReport, DEFAULT_MAX_FINDINGS, DEFAULT_MEMORY_LIMIT, Fault, Finding, Repair, check};
 pub use create::{CreateError, CreateOptions, Preallocate};
+pub use draft::{Draft, DraftError};
 pub use geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
 pub use grow::GrowError;
 pub use header::{Backing, BitmapsExtension, Compression, Header, HeaderError, MAGIC, MAX_BACKING_NAME};

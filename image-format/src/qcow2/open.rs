@@ -12,6 +12,7 @@ use crate::units::HostOffset;
 
 use super::allocate::Allocator;
 use super::check::{CheckError, Fault, repair_dirty};
+use super::draft::Flushes;
 use super::geometry::{Geometry, HostCluster};
 use super::header::{Header, HeaderError};
 use super::l1::{L1, decode_l1_entry, words_from};
@@ -112,7 +113,12 @@ impl<E: Environment> Qcow2<E> {
     ///
     /// # Errors
     /// As for [`open`](Self::open).
-    pub async fn open_with_header(file: E::File, mut header: Header, options: OpenOptions<E>) -> Result<Self, OpenError> {
+    pub async fn open_with_header(file: E::File, header: Header, options: OpenOptions<E>) -> Result<Self, OpenError> {
+        Self::open_as(file, header, options, Flushes::AsNeeded).await
+    }
+
+    /// As [`open_with_header`](Self::open_with_header), but perhaps as a draft: failures of flushes are not remembered then.
+    pub(super) async fn open_as(file: E::File, mut header: Header, options: OpenOptions<E>, flushes: Flushes) -> Result<Self, OpenError> {
         admit(&header, &options)?;
         let (keeper, keep_later) = (options.keeper.clone(), options.keep_later);
         if options.writable && header.is_dirty() {
@@ -130,8 +136,10 @@ impl<E: Environment> Qcow2<E> {
         let l1 = read_l1(&file, &header).await?;
         let snapshots = Snapshots::read(&file, &header).await?;
         let mut inner = Inner::new(file, header, l1, snapshots, options);
-        if let Some(keeper) = &keeper {
-            inner.remember_failures(keeper);
+        match &keeper {
+            _ if flushes == Flushes::AtTheEnd => inner.rounds.begin_draft(),
+            Some(keeper) => inner.remember_failures(keeper),
+            None => {}
         }
         if inner.phase.get() == Phase::Writing {
             inner.prepare_writing(keeper.filter(|_| !keep_later)).await?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::buffer::Buffer;
 use crate::runtime::{Executor, Unpark};
-use crate::storage::simulated::{SimulatedEnvironment, Simulation};
+use crate::storage::simulated::{OperationKind, SimulatedEnvironment, Simulation};
 use crate::storage::{Access, CacheMode, Environment, FileIdentity, Location, Sharing, Storage, StorageExt, Transferred};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -237,6 +237,11 @@ pub(super) const SIMULATED_IMAGE: &str = "/a.qcow2";
 
 /// An image on a simulated disk.
 pub(super) type SimulatedImage = Qcow2<SimulatedEnvironment>;
+
+/// Flushes of all files of the disk.
+pub(super) fn flushes_so_far(disk: &SimulatedEnvironment) -> u64 {
+    disk.counts().get(&OperationKind::Flush).copied().unwrap_or(0)
+}
 
 /// Writes to a part of one cluster of the disk, which gets a place of its own if it has none.
 pub(super) async fn write(image: &SimulatedImage, at: u64, len: u64) {

@@ -220,9 +220,14 @@ impl Unwritten {
 
 impl<E: Environment> Qcow2<E> {
     pub(crate) async fn keep(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
+        self.inner.remember_failures(keeper);
+        self.keep_unremembered(keeper).await
+    }
+
+    /// As [`keep`](Self::keep), but flushes that fail are remembered only if they were before.
+    pub(super) async fn keep_unremembered(&self, keeper: &Arc<dyn MemoryKeeper>) -> Result<(), LayerError> {
         let inner = &self.inner;
         inner.admit_write()?;
-        inner.remember_failures(keeper);
         let has_feature_bits = inner.header().has_feature_bits();
         inner.writes_at_once.store(!has_feature_bits, Ordering::Release);
         if !has_feature_bits && !inner.has_lost() {
@@ -346,26 +351,35 @@ impl<E: Environment> Inner<E> {
         let unwritten = Unwritten::create(Arc::clone(keeper), self.file.identity(), self.slices.slice_len() / 8)
             .map_err(|error| LayerError::io("keep memory for", Structure::L2Table, HostOffset::ZERO, error))?;
         self.write_kept_number(unwritten.number).await?;
+        self.flush_device().await?;
         // What was restored, and what a process has left that was killed before it got here.
         keeper.retain(unwritten.owner, unwritten.number);
         self.unwritten.store(Some(unwritten));
         Ok(())
     }
 
-    /// The file has everything: nothing is kept any more.
-    pub(super) async fn end_keeping(&self) -> Result<(), LayerError> {
-        let Some(unwritten) = self.unwritten.load_full() else { return Ok(()) };
-        self.write_kept_number(0).await?;
-        self.unwritten.store(None);
-        unwritten.keeper.retain(unwritten.owner, 0);
-        Ok(())
+    /// Takes out of the header where memory is kept, which the caller flushes before [`end_keeping`](Self::end_keeping). Only in a round, when the file
+    /// has everything durably.
+    pub(super) async fn leave_kept(&self) -> Result<Option<Arc<Unwritten>>, LayerError> {
+        let unwritten = self.unwritten.load_full();
+        if unwritten.is_some() {
+            self.write_kept_number(0).await?;
+        }
+        Ok(unwritten)
     }
 
-    /// Only in a round, or before anything else is written.
+    /// Gives up memory that the header does not lead to any more, durably.
+    pub(super) fn end_keeping(&self, kept: Option<Arc<Unwritten>>) {
+        if let Some(unwritten) = kept {
+            self.unwritten.store(None);
+            unwritten.keeper.retain(unwritten.owner, 0);
+        }
+    }
+
+    /// Only in a round, or before anything else is written. The caller flushes.
     async fn write_kept_number(&self, number: u32) -> Result<(), LayerError> {
         self.header().autoclear = u64::from(number) << KEPT_SHIFT;
-        self.write_header().await?;
-        self.flush_device().await
+        self.write_header().await
     }
 
     /// Puts slices in place that a process has left, and makes them durable: their clusters are counted first, so that nothing else can get

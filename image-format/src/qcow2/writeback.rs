@@ -186,13 +186,9 @@ mod tests {
 
     use crate::extent::{ExtentList, Mapping};
     use crate::qcow2::CreateOptions;
-    use crate::qcow2::testing::{SimulatedImage, with_image, write};
+    use crate::qcow2::testing::{SimulatedImage, flushes_so_far, with_image, write};
     use crate::storage::simulated::{Fault, OperationKind, SimulatedEnvironment};
     use crate::units::{GuestOffset, GuestRange};
-
-    fn flushes_so_far(disk: &SimulatedEnvironment) -> u64 {
-        disk.counts().get(&OperationKind::Flush).copied().unwrap_or(0)
-    }
 
     /// How many device flushes so many guest flushes take that are made at the same time.
     async fn device_flushes(disk: &SimulatedEnvironment, image: &SimulatedImage, flushes: usize) -> u64 {

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,8 +45,6 @@ pub(super) struct OpenFile {
     identity: FileIdentity,
     /// As [`Storage::born`] has it.
     born: u64,
-    /// For messages.
-    path: PathBuf,
     /// What others have been told by our locks. The mutex also keeps two changes of it apart.
     sharing: Mutex<Sharing>,
 }
@@ -82,7 +80,7 @@ impl OpenFile {
     /// Changes what others are told by our locks. A file server is asked, and may take for ever.
     fn set_sharing(&self, sharing: Sharing) -> io::Result<()> {
         let mut current = self.sharing.lock().unwrap_or_else(PoisonError::into_inner);
-        locks::change(self.as_fd(), &self.path, *current, sharing)?;
+        locks::change(self.as_fd(), *current, sharing)?;
         *current = sharing;
         Ok(())
     }
@@ -96,8 +94,8 @@ impl OpenFile {
 impl UringFile {
     /// Takes over a descriptor that was opened with `O_NONBLOCK` and without `O_DIRECT`, if it is of a kind that can hold an image. `facts`
     /// are what the system says about its type, number and alignment.
-    pub(super) fn adopt(fd: OwnedFd, facts: &Statx, medium: Medium, path: PathBuf, cache: CacheMode) -> io::Result<Self> {
-        let (kind, identity) = identify(facts, &path)?;
+    pub(super) fn adopt(fd: OwnedFd, facts: &Statx, medium: Medium, path: &Path, cache: CacheMode) -> io::Result<Self> {
+        let (kind, identity) = identify(facts, path)?;
         let direct = match cache {
             CacheMode::Direct => direct_alignment(&fd, facts, kind).unwrap_or_else(|reason| {
                 tracing::warn!(path = %path.display(), reason, "O_DIRECT is not possible here: transfers go through the page cache");
@@ -123,7 +121,7 @@ impl UringFile {
             Kind::Regular => time_of_birth(facts),
             Kind::BlockDevice => disk_sequence(&fd),
         };
-        let file = OpenFile { fd: Some(fd), medium, kind, direct, identity, born, path, sharing: Mutex::new(Sharing::None) };
+        let file = OpenFile { fd: Some(fd), medium, kind, direct, identity, born, sharing: Mutex::new(Sharing::None) };
         Ok(Self { file: Arc::new(file) })
     }
 
@@ -691,7 +689,7 @@ mod tests {
     #[test]
     fn a_file_is_told_from_one_that_had_its_number_before() {
         on_every_file(|file| async move {
-            let path = file.file.path.clone();
+            let path = std::fs::read_link(format!("/proc/self/fd/{}", file.fd().as_raw_fd())).expect("a name");
             let open = async |access| {
                 let at = Location::Trusted(path.clone());
                 UringEnvironment.open(&at, access, CacheMode::Buffered).await.expect("a file")

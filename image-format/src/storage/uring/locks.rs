@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::path::Path;
+use std::path::PathBuf;
 
 use crate::storage::Sharing;
 
@@ -46,11 +46,17 @@ impl Claims {
     }
 }
 
+/// The name that an open file has now, for messages.
+fn name(fd: BorrowedFd<'_>) -> PathBuf {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    std::fs::read_link(&link).unwrap_or_else(|_| link.into())
+}
+
 /// Changes what the locks of `fd` say from `from` to `to`.
 ///
 /// # Errors
 /// `WouldBlock` if another program's locks contradict; ours then say `from` again. Where locks are not to be had it goes on without, warning.
-pub(super) fn change(fd: BorrowedFd<'_>, path: &Path, from: Sharing, to: Sharing) -> io::Result<()> {
+pub(super) fn change(fd: BorrowedFd<'_>, from: Sharing, to: Sharing) -> io::Result<()> {
     let (old, new) = (claims(from), claims(to));
     let added = new.bytes().filter(|byte| !old.bytes().any(|other| other == *byte));
     let removed = old.bytes().filter(|byte| !new.bytes().any(|other| other == *byte));
@@ -63,17 +69,17 @@ pub(super) fn change(fd: BorrowedFd<'_>, path: &Path, from: Sharing, to: Sharing
             return Ok(());
         }
         Ok(Some(conflict)) => {
-            io::Error::new(io::ErrorKind::WouldBlock, format!("another program {conflict} {}: stop it first", path.display()))
+            io::Error::new(io::ErrorKind::WouldBlock, format!("another program {conflict} {}: stop it first", name(fd).display()))
         }
         Err(error) if is_unavailable(&error) => {
-            tracing::warn!(path = %path.display(), %error, "the file system has no locks: nothing keeps other programs from this image");
+            tracing::warn!(path = %name(fd).display(), %error, "the file system has no locks: nothing keeps other programs from this image");
             return Ok(());
         }
         Err(error) => error,
     };
     for byte in added {
         if let Err(error) = set(fd, libc::F_UNLCK, byte) {
-            tracing::warn!(path = %path.display(), %error, "a lock could not be given up again");
+            tracing::warn!(path = %name(fd).display(), %error, "a lock could not be given up again");
         }
     }
     Err(failure)
@@ -126,7 +132,7 @@ mod tests {
     use std::fs::File;
     use std::io::{BufRead, BufReader, Write};
     use std::os::fd::AsFd;
-    use std::path::PathBuf;
+    use std::path::Path;
     use std::process::{Command, Output, Stdio};
 
     use super::super::skip::skipped;

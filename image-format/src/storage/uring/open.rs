@@ -54,7 +54,7 @@ fn file_beneath<'a>(last: &mut Option<(&'a Path, OwnedFd)>, at: &'a Location, ac
     };
     let facts = stat::look(&fd, FACTS)?;
     let medium = Medium::of(&fd);
-    UringFile::adopt(fd, &facts, medium, at.path(), cache)
+    UringFile::adopt(fd, &facts, medium, &at.path(), cache)
 }
 
 /// Which file a path leads to, without opening it.

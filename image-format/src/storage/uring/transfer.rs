@@ -185,6 +185,8 @@ fn fits_direct(vectors: &[libc::iovec], memory_alignment: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use rustix::fs::AtFlags;
 
     use super::super::file::UringFile;
@@ -197,7 +199,7 @@ mod tests {
     fn file(cache: CacheMode) -> Arc<OpenFile> {
         let file = tempfile::tempfile().expect("a temporary file");
         let facts = rustix::fs::statx(&file, c"", AtFlags::EMPTY_PATH, FACTS).expect("facts about it");
-        UringFile::adopt(file.into(), &facts, Medium::Local, "image".into(), cache).expect("a file").open_file()
+        UringFile::adopt(file.into(), &facts, Medium::Local, Path::new("image"), cache).expect("a file").open_file()
     }
 
     fn transfer(cache: CacheMode, direction: Direction, buffer: impl Into<Buffer>) -> TransferWork {
