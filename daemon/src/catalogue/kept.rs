@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
+use rustix::mm::Advice;
 use snapfence_image_format::storage::FileIdentity;
 use snapfence_image_format::storage::kept::{Failure, Incarnation, KeptMemory, MemoryKeeper};
 use vm_memory::{FileOffset, MmapRegion};
@@ -182,7 +183,11 @@ impl FileKeeper {
             }
             other => other?,
         }
-        Self::map(file, bytes)
+        let memory = Self::map(file, bytes)?;
+        // Few pages are used as a rule, and the kernel would read, or make, those around each as well. Without the advice it does.
+        // SAFETY: the range is that of the mapping, and the advice changes nothing of what is in it.
+        let _ = unsafe { rustix::mm::madvise(memory.words().as_ptr().cast_mut().cast(), bytes, Advice::Random) };
+        Ok(memory)
     }
 
     fn map(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
