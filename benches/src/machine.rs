@@ -1,12 +1,19 @@
 //! What is measured on, and what disturbs it.
 
+use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::Serialize;
+
+/// A disk is at rest when so many flushes in a row take no longer than this, or than twice the quickest.
+const QUICK_FLUSHES: usize = 10;
+const QUICK: Duration = Duration::from_millis(5);
+/// It is not waited for longer.
+const SETTLE_LIMIT: Duration = Duration::from_secs(20);
 
 /// What a reader of figures has to know of where they come from.
 #[derive(Debug, Serialize)]
@@ -79,6 +86,34 @@ pub fn disk_folder() -> &'static Path {
         let candidates = [std::env::temp_dir(), "/var/tmp".into(), ".".into()];
         candidates.into_iter().find(|path| is_disk(path)).unwrap_or_else(std::env::temp_dir)
     })
+}
+
+/// Waits until the disk of a folder has come to rest: what was removed or written before may keep it busy for a while.
+///
+/// # Errors
+/// If nothing can be written there.
+pub fn settle(folder: &Path) -> Result<()> {
+    if lies_in_memory(folder)? {
+        return Ok(());
+    }
+    rustix::fs::sync();
+    let mut file = tempfile::tempfile_in(folder)?;
+    let limit = Instant::now() + SETTLE_LIMIT;
+    let (mut quick, mut quickest) = (0, Duration::MAX);
+    while quick < QUICK_FLUSHES && Instant::now() < limit {
+        file.rewind()?;
+        file.write_all(&[0; 4096])?;
+        let began = Instant::now();
+        file.sync_data()?;
+        let took = began.elapsed();
+        quickest = quickest.min(took);
+        quick = if took < QUICK.max(quickest * 2) { quick + 1 } else { 0 };
+        std::thread::sleep(QUICK);
+    }
+    if quick < QUICK_FLUSHES {
+        println!("the disk of {} has not come to rest in {} s", folder.display(), SETTLE_LIMIT.as_secs());
+    }
+    Ok(())
 }
 
 /// Whether a folder's files lie in memory.

@@ -1,6 +1,5 @@
 //! Chains of different depths: requests a second, memory, and the time from the start of the server to the first answer.
 
-use std::ffi::OsStr;
 use std::path::Path;
 use std::time::Instant;
 
@@ -12,10 +11,9 @@ use snapfence_benches::load::{Job, Pattern, Size, run};
 use snapfence_benches::machine::{disk_folder, on_processor};
 use snapfence_benches::statistics::median;
 use snapfence_image_format::storage::uring::Reactor;
-use snapfence_tests::tools;
 
 use super::Arguments;
-use super::contestant::{self, Contestant, Disk, Kind, image};
+use super::contestant::{self, Contestant, Disk, Kind, image, overlay};
 use super::report::{Axis, Part, Plot, Section};
 use super::throughput::{block, in_turns, job, median_iops};
 
@@ -99,18 +97,10 @@ fn with_top(kind: Kind, folder: &Path, depth: usize, bytes: u64) -> Result<Conte
         image(&own, "qcow2", bytes)?
     } else {
         let (top, below) = (folder.join(format!("top-{}.qcow2", kind.folder())), chain::layer_path(folder, depth - 2));
-        overlay(&top, &below, bytes)?;
+        overlay(&top, &below, Some(bytes))?;
         top
     };
     Contestant::serve(kind, &own, &[Disk { image, format: "qcow2" }], true)
-}
-
-/// An overlay with parts of clusters, as snapfence makes them, for everybody. The chain beneath is not looked at.
-fn overlay(image: &Path, below: &Path, bytes: u64) -> Result<()> {
-    let format = if below.extension().is_some_and(|extension| extension == "raw") { "raw" } else { "qcow2" };
-    let options = ["create", "-q", "-u", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=128k", "-F", format, "-b"].map(OsStr::new);
-    let size = bytes.to_string();
-    tools::qemu_img(options.into_iter().chain([below.as_os_str(), image.as_os_str(), size.as_ref()])).map(drop)
 }
 
 /// How long it takes from the start of snapfenced to the first answer, with a chain of a thousand layers: cold, with nothing of it in memory, and warm.

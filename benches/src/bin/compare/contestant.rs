@@ -1,14 +1,17 @@
 //! Those who serve a disk.
 
+use std::ffi::OsStr;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::fs::FallocateFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use snapfence::client::{Client, ClientError};
 use snapfence_benches::load::Target;
-use snapfence_benches::machine::{on_processor, ticks_to_time};
+use snapfence_benches::machine::{on_processor, settle, ticks_to_time};
 use snapfence_tests::tools;
 
 /// What is not ready by then never is.
@@ -88,12 +91,14 @@ pub(super) struct Contestant {
 }
 
 impl Contestant {
-    /// Lets it serve a disk of `bytes` bytes in `folder`, all of which are allocated.
-    pub(super) fn start(kind: Kind, folder: &Path, format: &'static str, bytes: u64) -> Result<Self> {
-        let folder = folder.join(kind.folder());
-        std::fs::create_dir(&folder)?;
-        let image = image(&folder, format, bytes)?;
-        Self::serve(kind, &folder, &[Disk { image, format }], true)
+    /// Lets each of them serve a disk of its own of `bytes` bytes in `folder`, all of which are allocated.
+    pub(super) fn start_all(kinds: &[Kind], folder: &Path, format: &'static str, bytes: u64) -> Result<Vec<Self>> {
+        let folders: Vec<PathBuf> = kinds.iter().map(|kind| folder.join(kind.folder())).collect();
+        folders.iter().try_for_each(std::fs::create_dir)?;
+        let images = copies(&image(folder, format, bytes)?, &folders)?;
+        settle(folder)?;
+        let disks = images.into_iter().map(|image| [Disk { image, format }]);
+        kinds.iter().zip(&folders).zip(disks).map(|((kind, folder), disks)| Self::serve(*kind, folder, &disks, true)).collect()
     }
 
     /// Lets it serve some disks from one process, each with a queue; `folder` is for what it needs besides. `in_thread`: exports of
@@ -243,6 +248,42 @@ pub(super) fn image(folder: &Path, format: &str, bytes: u64) -> Result<PathBuf> 
         }
         other => bail!("no image of the format {other} can be made"),
     }
+}
+
+/// An overlay with parts of clusters of 4 KiB, as snapfence makes them, for everybody. Where the size of the disk is given, the chain beneath is not
+/// looked at.
+pub(super) fn overlay(image: &Path, below: &Path, bytes: Option<u64>) -> Result<()> {
+    let format = if below.extension().is_some_and(|extension| extension == "raw") { "raw" } else { "qcow2" };
+    let options = ["create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=128k", "-F", format, "-b"].map(OsStr::new);
+    let named = options.into_iter().chain([below.as_os_str()]);
+    match bytes.map(|bytes| bytes.to_string()) {
+        Some(size) => tools::qemu_img(named.chain(["-u".as_ref(), image.as_os_str(), size.as_ref()])),
+        None => tools::qemu_img(named.chain([image.as_os_str()])),
+    }
+    .map(drop)
+}
+
+/// Moves a file into each of the folders. They are filled at the same time, some of each in turn: not all memory is equally fast, and whoever is first
+/// would get the best of it, or the worst.
+fn copies(file: &Path, folders: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let name = file.file_name().context("the path of a file")?;
+    let paths: Vec<PathBuf> = folders.iter().map(|folder| folder.join(name)).collect();
+    let mut copies = paths.iter().map(std::fs::File::create).collect::<Result<Vec<_>, _>>()?;
+    let mut source = std::fs::File::options().read(true).write(true).open(file)?;
+    let (mut at, mut piece) = (0, vec![0; 1 << 20]);
+    loop {
+        let len = source.read(&mut piece)?;
+        if len == 0 {
+            break;
+        }
+        copies.iter_mut().try_for_each(|copy| copy.write_all(&piece[..len]))?;
+        // What has been moved takes no space any more, where that can be.
+        let _ = rustix::fs::fallocate(&source, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len as u64);
+        at += len as u64;
+    }
+    copies.iter().try_for_each(std::fs::File::sync_all)?;
+    std::fs::remove_file(file)?;
+    Ok(paths)
 }
 
 /// The daemon that was built with this program.

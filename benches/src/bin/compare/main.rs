@@ -11,14 +11,14 @@ mod snapshots;
 mod throughput;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use snapfence_benches::load::Size;
-use snapfence_benches::machine::Machine;
+use snapfence_benches::machine::{Machine, disk_folder};
 
 use contestant::Kind;
 
@@ -77,6 +77,13 @@ enum Medium {
 
 impl Medium {
     const ALL: [Self; 2] = [Self::Tmpfs, Self::Disk];
+
+    fn folder(self) -> &'static Path {
+        match self {
+            Self::Tmpfs => Path::new("/dev/shm"),
+            Self::Disk => disk_folder(),
+        }
+    }
 }
 
 impl fmt::Display for Medium {

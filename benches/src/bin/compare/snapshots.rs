@@ -1,5 +1,6 @@
 //! What a group snapshot does to the requests beside it.
 //!
+//! In memory that is the cost of what is done for the snapshot; on a disk there are its flushes, too, during which many disks do nothing else.
 //! Each disk gets random writes of 4 KiB in an open loop, at half of the rate that the slowest contestant reaches with all disks at once: latencies
 //! count from when a request was due, so that a disk that stands still cannot hide it by getting fewer requests. Snapshots of all disks together
 //! follow one another at a fixed distance. A window begins with each command; another, long after it, is what the same machine does without.
@@ -17,14 +18,14 @@ use serde_json::{Value, json, to_value};
 use snapfence::client::Client;
 use snapfence::protocol::{SnapshotCreate, SnapshotMember};
 use snapfence_benches::load::{Job, Pattern, Report, run};
-use snapfence_benches::machine::{disk_folder, on_processor};
+use snapfence_benches::machine::{on_processor, settle};
 use snapfence_benches::statistics::{median, percentile};
 use snapfence_tests::tools;
 
-use super::Arguments;
 use super::contestant::{self, Contestant, Disk, Kind};
 use super::report::{Axis, Part, Plot, Section};
 use super::throughput::{in_turns, job};
+use super::{Arguments, Medium};
 
 /// From one command to the next.
 const APART: Duration = Duration::from_millis(200);
@@ -45,6 +46,13 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Time before the first snapshot.
 const RAMP: Duration = Duration::from_millis(500);
 
+/// How many devices on what.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    medium: Medium,
+    devices: usize,
+}
+
 /// What one contestant has shown with a number of devices.
 #[derive(Debug, Default, Serialize)]
 struct Shown {
@@ -63,6 +71,7 @@ struct Shown {
 #[derive(Debug, Serialize)]
 struct Point {
     contestant: &'static str,
+    medium: Medium,
     devices: usize,
     /// Requests a second of all devices together.
     rate: u64,
@@ -79,30 +88,32 @@ struct Point {
 pub(super) fn measure(arguments: &Arguments) -> Result<Section> {
     let kinds = contestant::present_with_control();
     let (mut points, mut parts) = (Vec::new(), Vec::new());
-    for &devices in &arguments.devices {
-        let rate = kinds.iter().map(|kind| full_speed(arguments, *kind, devices)).collect::<Result<Vec<_>>>()?;
+    for (medium, &devices) in Medium::ALL.into_iter().flat_map(|medium| arguments.devices.iter().map(move |devices| (medium, devices))) {
+        let place = Place { medium, devices };
+        let rate = kinds.iter().map(|kind| full_speed(arguments, *kind, place)).collect::<Result<Vec<_>>>()?;
         let rate = rate.into_iter().min().context("snapfence is there")? / 2;
         let rounds = arguments.snapshots.div_ceil(IN_A_ROW);
         let in_a_row = arguments.snapshots.div_ceil(rounds);
-        let shown = in_turns(rounds, kinds.len(), |_, index| match round(arguments, kinds[index], devices, rate, in_a_row) {
+        let shown = in_turns(rounds, kinds.len(), |_, index| match round(arguments, kinds[index], place, rate, in_a_row) {
             Err(error) if kinds[index] != Kind::Snapfence => {
-                println!("{}, {devices} devices: {error:#}; that round is left out", kinds[index].name());
+                println!("{}, {devices} devices {medium}: {error:#}; that round is left out", kinds[index].name());
                 Ok(Shown::default())
             }
             outcome => outcome,
         })?;
         let shown = shown.into_iter().map(|rounds| rounds.into_iter().fold(Shown::default(), Shown::and));
         let shown: Vec<(Kind, Shown)> = kinds.iter().copied().zip(shown).filter(|(_, shown)| !shown.quiet.is_empty()).collect();
-        let new: Vec<Point> = shown.iter().map(|(kind, shown)| point(*kind, devices, rate, shown)).collect();
-        let part = show(devices, rate, &new, &shown);
+        let new: Vec<Point> = shown.iter().map(|(kind, shown)| point(*kind, place, rate, shown)).collect();
+        let part = show(place, rate, &new, &shown);
         part.print();
         parts.push(part);
         points.extend(new);
     }
     let method = format!(
-        "Random writes of 4 KiB to qcow2 disks of {} on disk, in an open loop at half of the rate that the slowest reaches; group snapshots every {} ms, \
+        "Random writes of 4 KiB to qcow2 disks of {}, in an open loop at half of the rate that the slowest reaches; group snapshots every {} ms, \
          {} for each number of devices, set up anew after {IN_A_ROW}. A window of {} ms begins with each command, another {} ms later. snapfence makes its \
-         overlays as part of the command; qemu-storage-daemon, with its exports on its main loop, gets overlays that were made and opened before.",
+         overlays as part of the command; qemu-storage-daemon, with its exports on its main loop, gets overlays that were made and opened before, with \
+         parts of clusters of 4 KiB as snapfence makes them.",
         arguments.size,
         APART.as_millis(),
         arguments.snapshots,
@@ -113,9 +124,9 @@ pub(super) fn measure(arguments: &Arguments) -> Result<Section> {
 }
 
 /// Disks in a folder of their own, and who serves them.
-fn set_up(arguments: &Arguments, kind: Kind, devices: usize) -> Result<(tempfile::TempDir, Vec<PathBuf>, Contestant)> {
-    let folder = tempfile::tempdir_in(disk_folder())?;
-    let images: Vec<PathBuf> = (0..devices).map(|number| folder.path().join(format!("disk{number}.qcow2"))).collect();
+fn set_up(arguments: &Arguments, kind: Kind, place: Place) -> Result<(tempfile::TempDir, Vec<PathBuf>, Contestant)> {
+    let folder = tempfile::tempdir_in(place.medium.folder())?;
+    let images: Vec<PathBuf> = (0..place.devices).map(|number| folder.path().join(format!("disk{number}.qcow2"))).collect();
     for image in &images {
         let (options, size) = (["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata"], arguments.size.to_string());
         tools::qemu_img(options.map(OsStr::new).into_iter().chain([image.as_os_str(), size.as_ref()]))?;
@@ -143,19 +154,21 @@ fn load<T>(contestant: &Contestant, job: &Job, keeps_log: bool, meanwhile: impl 
 }
 
 /// Requests a second of all disks together in a closed loop.
-fn full_speed(arguments: &Arguments, kind: Kind, devices: usize) -> Result<u64> {
-    let (_folder, _, contestant) = set_up(arguments, kind, devices)?;
+fn full_speed(arguments: &Arguments, kind: Kind, place: Place) -> Result<u64> {
+    let (folder, _, contestant) = set_up(arguments, kind, place)?;
+    settle(folder.path())?;
     let job = job(arguments, Pattern::RandWrite, 4096, DEPTH);
     let (reports, ()) = load(&contestant, &job, false, || Ok(()))?;
     contestant.stop()?;
     Ok(reports.iter().map(Report::iops).sum::<f64>() as u64)
 }
 
-fn round(arguments: &Arguments, kind: Kind, devices: usize, rate: u64, snapshots: usize) -> Result<Shown> {
-    let (folder, images, contestant) = set_up(arguments, kind, devices)?;
+fn round(arguments: &Arguments, kind: Kind, place: Place, rate: u64, snapshots: usize) -> Result<Shown> {
+    let (folder, images, contestant) = set_up(arguments, kind, place)?;
     let mut taker = Taker::new(kind, &contestant, folder.path(), images, snapshots)?;
+    settle(folder.path())?;
     let job = Job {
-        rate_iops: Some((rate / devices as u64).max(1)),
+        rate_iops: Some((rate / place.devices as u64).max(1)),
         runtime: (APART * u32::try_from(snapshots + 1)?).as_secs_f64(),
         ramp_time: RAMP.as_secs_f64(),
         ..job(arguments, Pattern::RandWrite, 4096, OPEN_DEPTH)
@@ -215,7 +228,7 @@ impl Taker {
                 let mut below = image;
                 for number in 0..snapshots {
                     let overlay = taker.overlay(device, number);
-                    tools::create_overlay(&overlay, &below, "qcow2")?;
+                    contestant::overlay(&overlay, &below, None)?;
                     below = overlay;
                 }
             }
@@ -323,7 +336,7 @@ impl Shown {
     }
 }
 
-fn point(kind: Kind, devices: usize, rate: u64, shown: &Shown) -> Point {
+fn point(kind: Kind, Place { medium, devices }: Place, rate: u64, shown: &Shown) -> Point {
     let of = |windows: &[(f64, f64)]| {
         let [medians, longest]: [Vec<f64>; 2] =
             [windows.iter().map(|window| window.0).collect(), windows.iter().map(|window| window.1).collect()];
@@ -331,6 +344,7 @@ fn point(kind: Kind, devices: usize, rate: u64, shown: &Shown) -> Point {
     };
     Point {
         contestant: kind.name(),
+        medium,
         devices,
         rate,
         snapshots: shown.answers_us.len(),
@@ -341,7 +355,7 @@ fn point(kind: Kind, devices: usize, rate: u64, shown: &Shown) -> Point {
     }
 }
 
-fn show(devices: usize, rate: u64, points: &[Point], shown: &[(Kind, Shown)]) -> Part {
+fn show(Place { medium, devices }: Place, rate: u64, points: &[Point], shown: &[(Kind, Shown)]) -> Part {
     let rows = points
         .iter()
         .map(|point| {
@@ -362,7 +376,7 @@ fn show(devices: usize, rate: u64, points: &[Point], shown: &[(Kind, Shown)]) ->
         [("median", 50.0), ("99 %", 99.0)].map(|(name, share)| (format!("{}, {name}", point.contestant), time_line(&shown.around, share)))
     });
     Part {
-        title: format!("{devices} devices together, {rate} writes a second"),
+        title: format!("{devices} devices together {medium}, {rate} writes a second"),
         head: vec![
             "latencies in \u{b5}s, without a snapshot in ()",
             "snapshots",

@@ -1,12 +1,10 @@
 //! Requests a second of one disk, and their latencies.
 
-use std::path::Path;
-
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::to_value;
 use snapfence_benches::load::{Job, Pattern, Size, run};
-use snapfence_benches::machine::{disk_folder, on_processor, stolen};
+use snapfence_benches::machine::{on_processor, stolen};
 use snapfence_benches::statistics::{Ratio, median, ratio};
 
 use super::contestant::{self, Contestant, Kind};
@@ -84,13 +82,9 @@ fn measure_all(arguments: &Arguments, name: &'static str, title: &'static str, l
     for medium in Medium::ALL {
         for image in ["raw", "qcow2"] {
             let folder = tempfile::tempdir_in(medium.folder())?;
-            let mut contestants = Vec::new();
-            for kind in contestant::present() {
-                // Plain io_uring knows no formats.
-                if image == "raw" || kind != Kind::IoUring {
-                    contestants.push(Contestant::start(kind, folder.path(), image, arguments.size.0)?);
-                }
-            }
+            // Plain io_uring knows no formats.
+            let kinds: Vec<Kind> = contestant::present().into_iter().filter(|kind| image == "raw" || *kind != Kind::IoUring).collect();
+            let contestants = Contestant::start_all(&kinds, folder.path(), image, arguments.size.0)?;
             for &(what, rw, bs, iodepth) in loads {
                 let cell = measure(arguments, &contestants, medium, image, (rw, bs, iodepth))?;
                 let part = show(&cell, format!("{what}, {iodepth} at a time, {image} {medium}"));
@@ -232,13 +226,4 @@ fn show(cell: &Cell, title: String) -> Part {
 /// Percentiles as "one of so many is above", which spreads the high ones.
 fn nines(latencies: &[(f64, f64)]) -> Vec<(f64, f64)> {
     latencies.iter().map(|(percentile, latency)| (100.0 / (100.0 - percentile), *latency)).collect()
-}
-
-impl Medium {
-    fn folder(self) -> &'static Path {
-        match self {
-            Self::Tmpfs => Path::new("/dev/shm"),
-            Self::Disk => disk_folder(),
-        }
-    }
 }
