@@ -23,7 +23,7 @@ fn fio() -> String {
     let jobs: String = PATHS.iter().map(|path| format!(" --name={} --filename={path}", path.trim_start_matches("/dev/"))).collect();
     format!(
         "runs=0; while [ ! -e /stop ]; do \
-         fio --ioengine=libaio --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=32 --size={DISK_MIB}m --fsync=64 \
+         fio --ioengine=libaio --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=32 --iodepth_batch=16 --size={DISK_MIB}m --fsync=64 \
          --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based --runtime=5 --output-format=terse --randseed=$((runs + 1)){jobs} \
          >/fio.log 2>&1 || {{ cat /fio.log; exit 1; }}; runs=$((runs + 1)); done; echo $runs"
     )
@@ -107,8 +107,7 @@ fn guest_sees_no_error_when_the_daemon_is_killed() -> Result<()> {
         Ok::<_, anyhow::Error>((killed?, runs))
     })?;
     eprintln!("{KILLS} kills, {resumed_requests} requests in flight at them; fio ran {} times", runs.trim());
-    // How many each hits depends on how long the disk takes.
-    ensure!(resumed_requests * 4 > KILLS as u64, "kills must hit requests");
+    ensure!(resumed_requests > KILLS as u64, "kills must hit requests");
     assert_eq!(guest.disk_errors()?, Vec::<String>::new());
     guest.power_off()?;
     let stacks = NAMES.iter().map(|name| layers(&backend, name)).collect::<Result<Vec<_>>>()?;
