@@ -689,7 +689,7 @@ mod tests {
     #[test]
     fn a_file_is_told_from_one_that_had_its_number_before() {
         on_every_file(|file| async move {
-            let path = std::fs::read_link(format!("/proc/self/fd/{}", file.fd().as_raw_fd())).expect("a name");
+            let path = locks::name(file.fd());
             let open = async |access| {
                 let at = Location::Trusted(path.clone());
                 UringEnvironment.open(&at, access, CacheMode::Buffered).await.expect("a file")

@@ -46,8 +46,8 @@ impl Claims {
     }
 }
 
-/// The name that an open file has now, for messages.
-fn name(fd: BorrowedFd<'_>) -> PathBuf {
+/// The name that an open file has now, or at least one that leads to it.
+pub(super) fn name(fd: BorrowedFd<'_>) -> PathBuf {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     std::fs::read_link(&link).unwrap_or_else(|_| link.into())
 }
