@@ -5,14 +5,17 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{DirBuilderExt, FileExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures_util::future::LocalBoxFuture;
 use rustix::fs::FallocateFlags;
+use rustix::io::retry_on_intr;
 use rustix::mm::Advice;
+use snapfence_image_format::runtime::offload;
 use snapfence_image_format::storage::FileIdentity;
 use snapfence_image_format::storage::kept::{Failure, Incarnation, KeptMemory, MemoryKeeper};
 use vm_memory::{FileOffset, MmapRegion};
@@ -110,8 +113,39 @@ impl Failures {
 /// One file.
 #[derive(Debug)]
 struct Mapped {
+    file: Arc<File>,
     region: MmapRegion,
     words: usize,
+    /// Bytes that there is room for, if this process has made it.
+    room: Mutex<Option<usize>>,
+}
+
+impl Mapped {
+    fn reserve(&self, bytes: usize) -> io::Result<()> {
+        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        let there = room.ok_or(io::ErrorKind::Unsupported)?;
+        let wanted = whole_pages(bytes).min(self.words * size_of::<u64>());
+        if wanted > there {
+            reserve(&self.file, there, wanted)?;
+            *room = Some(wanted);
+        }
+        Ok(())
+    }
+}
+
+/// So many bytes and the rest of the last page: a store finds room for the whole page, or ends the process, though it changes one word.
+fn whole_pages(bytes: usize) -> usize {
+    bytes.next_multiple_of(rustix::param::page_size())
+}
+
+/// Makes room for all bytes of a file up to `end`, of which it has those up to `start`.
+fn reserve(file: &File, start: usize, end: usize) -> io::Result<()> {
+    let more = end - start;
+    match retry_on_intr(|| rustix::fs::fallocate(file, FallocateFlags::empty(), start as u64, more as u64)) {
+        // Written, it has its space as well.
+        Err(rustix::io::Errno::OPNOTSUPP) => file.write_all_at(&vec![0; more], start as u64),
+        other => Ok(other?),
+    }
 }
 
 impl KeptMemory for Mapped {
@@ -119,6 +153,10 @@ impl KeptMemory for Mapped {
         // SAFETY: the mapping is page-aligned, has so many words (`FileKeeper::map`), and lives as long as `self`. This process, the only one that
         // uses the file, accesses it through this slice of atomics only.
         unsafe { std::slice::from_raw_parts(self.region.as_ptr().cast::<AtomicU64>(), self.words) }
+    }
+
+    fn make_room(self: Arc<Self>, words: usize) -> LocalBoxFuture<'static, io::Result<()>> {
+        Box::pin(async move { offload(move || self.reserve(words * size_of::<u64>())).await? })
     }
 }
 
@@ -144,7 +182,8 @@ impl FileKeeper {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(present.join(FAILURES))?;
         let mut first = [0; size_of::<u64>()];
         let there = (&file).read(&mut first)?;
-        let memory = Self::map_whole(file, failures * ENTRY_WORDS * size_of::<u64>())?;
+        let bytes = failures * ENTRY_WORDS * size_of::<u64>();
+        let memory = Self::map_with_room(file, bytes, bytes)?;
         let has_any = AtomicBool::new(there == first.len() && first != [0; 8]);
         let failures = Failures { memory, has_any, adding: Mutex::default() };
         Ok(Self { directory: present, failures, ended: AtomicBool::new(false) })
@@ -172,32 +211,33 @@ impl FileKeeper {
         Ok(found)
     }
 
-    /// Maps a file that is made so long, all of it there, so that no access finds the file system full.
-    fn map_whole(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
-        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64) {
-            // Written, it has its space as well. What is there already stays.
-            Err(rustix::io::Errno::OPNOTSUPP) => {
-                let there = (&file).seek(SeekFrom::End(0))?;
-                let missing = usize::try_from((bytes as u64).saturating_sub(there)).map_err(io::Error::other)?;
-                (&file).write_all(&vec![0; missing])?;
-            }
-            other => other?,
+    /// Maps a file with room for the first `room` bytes of `bytes`, so that no access to those finds the file system full. It has as much room as it is
+    /// long; what is in it stays.
+    fn map_with_room(file: File, bytes: usize, room: usize) -> io::Result<Arc<Mapped>> {
+        let there = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        let room = whole_pages(room).min(bytes);
+        if there < room {
+            reserve(&file, there, room)?;
         }
-        let memory = Self::map(file, bytes)?;
+        if there.max(room) < bytes {
+            file.set_len(bytes as u64)?;
+        }
+        let memory = Self::map(file, bytes, Some(room))?;
         // Few pages are used as a rule, and the kernel would read, or make, those around each as well. Without the advice it does.
         // SAFETY: the range is that of the mapping, and the advice changes nothing of what is in it.
         let _ = unsafe { rustix::mm::madvise(memory.words().as_ptr().cast_mut().cast(), bytes, Advice::Random) };
         Ok(memory)
     }
 
-    fn map(file: File, bytes: usize) -> io::Result<Arc<dyn KeptMemory>> {
-        let region = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(io::Error::other)?;
-        Ok(Arc::new(Mapped { region, words: bytes / size_of::<u64>() }))
+    fn map(file: File, bytes: usize, room: Option<usize>) -> io::Result<Arc<Mapped>> {
+        let file = Arc::new(file);
+        let region = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), 0), bytes).map_err(io::Error::other)?;
+        Ok(Arc::new(Mapped { file, region, words: bytes / size_of::<u64>(), room: room.into() }))
     }
 }
 
 impl MemoryKeeper for FileKeeper {
-    fn create(&self, owner: FileIdentity, words: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
+    fn create(&self, owner: FileIdentity, words: usize, room: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
         loop {
             // The hash of nothing, with random keys: truncation leaves 32 random bits.
             let number = RandomState::new().build_hasher().finish() as u32;
@@ -206,7 +246,8 @@ impl MemoryKeeper for FileKeeper {
             }
             let path = self.directory.join(Self::name(owner, number));
             let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-            return match Self::map_whole(file, words * size_of::<u64>()) {
+            let [bytes, room] = [words, room].map(|words| words * size_of::<u64>());
+            return match Self::map_with_room(file, bytes, room) {
                 Ok(memory) => Ok((number, memory)),
                 Err(error) => {
                     // The error says why; an empty file more or less does not matter.
@@ -226,7 +267,7 @@ impl MemoryKeeper for FileKeeper {
             // Its maker was killed before it could be of use.
             return Ok(None);
         }
-        Self::map(file, bytes).map(Some)
+        Ok(Some(Self::map(file, bytes, None)?))
     }
 
     fn retain(&self, owner: FileIdentity, number: u32) {
@@ -255,9 +296,11 @@ impl MemoryKeeper for FileKeeper {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
     use std::sync::atomic::Ordering;
 
     use super::*;
+    use crate::catalogue::tests::block_on;
 
     const OWNER: FileIdentity = FileIdentity { device: 0x10, inode: 7 };
     const OTHER: FileIdentity = FileIdentity { device: 0x10, inode: 0x17 };
@@ -305,19 +348,39 @@ mod tests {
         std::fs::create_dir(directory.path().join("another-boot")).expect("a directory");
         let keeper = FileKeeper::new(directory.path()).expect("a keeper");
         assert_eq!(std::fs::read_dir(directory.path()).expect("a directory").count(), 1, "only this boot's");
-        let (number, memory) = keeper.create(OWNER, 1000).expect("room");
+        let (number, memory) = keeper.create(OWNER, 1000, 1000).expect("room");
         memory.words()[999].store(7, Ordering::Relaxed);
-        let (other, _) = keeper.create(OTHER, 1000).expect("room");
+        let (other, _) = keeper.create(OTHER, 1000, 1000).expect("room");
         drop((keeper, memory));
         let keeper = FileKeeper::new(directory.path()).expect("a keeper");
         let found = keeper.find(number).expect("no error").expect("it was kept");
         assert_eq!((found.words().len(), found.words()[999].load(Ordering::Relaxed)), (1000, 7));
-        let (next, _) = keeper.create(OWNER, 8).expect("room");
+        let (next, _) = keeper.create(OWNER, 8, 8).expect("room");
         keeper.retain(OWNER, next);
         let is_there = |number| keeper.find(number).expect("no error").is_some();
         assert_eq!([number, next, other].map(is_there), [false, true, true]);
         keeper.retain(OWNER, 0);
         assert_eq!([number, next, other].map(is_there), [false, false, true]);
         found.words()[0].store(1, Ordering::Relaxed);
+    }
+    #[test]
+    fn memory_takes_the_room_that_is_made() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let keeper = FileKeeper::new(directory.path()).expect("a keeper");
+        let words = (8 << 20) / size_of::<u64>();
+        // Of the last page one word, but nobody else gets the rest of it.
+        let (number, memory) = keeper.create(OWNER, words, (1 << 13) - 511).expect("room");
+        let path = keeper.directory.join(FileKeeper::name(OWNER, number));
+        let taken = || path.metadata().expect("a file").blocks() * 512;
+        assert_eq!((path.metadata().expect("a file").len(), taken()), (8 << 20, 1 << 16));
+        memory.words()[(1 << 13) - 1].store(7, Ordering::Relaxed);
+        for (room, expected) in [((1 << 14) - 1, 1 << 17), (1 << 13, 1 << 17), (1 << 17, 1 << 20), (words - 1, 8 << 20)] {
+            block_on(Arc::clone(&memory).make_room(room)).expect("room");
+            assert_eq!(taken(), expected, "for {room} words");
+            assert_eq!(memory.words()[(1 << 13) - 1].load(Ordering::Relaxed), 7, "what is there stays");
+        }
+        let found = keeper.find(number).expect("no error").expect("it was kept");
+        assert_eq!((found.words().len(), taken()), (words, 8 << 20));
+        block_on(found.make_room(words)).expect_err("of what was left nothing is changed");
     }
 }

@@ -154,7 +154,7 @@ mod tests {
         }
     }
 
-    fn block_on<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
+    pub(super) fn block_on<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
         let executor = Executor::new(Unparker(std::thread::current()));
         let other = executor.clone();
         executor.block_on(future, move || {

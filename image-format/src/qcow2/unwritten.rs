@@ -6,7 +6,7 @@
 //! putting these copies in place (`restore`).
 //!
 //! ```text
-//! kept memory:  kind, words of a slice, number of slots, 5 unused | slot | slot | ...
+//! kept memory:  kind, words of a slice, number of slots that there is room for, 5 unused | slot | slot | ...
 //! slot:         in use (1), key, redo: index + 1, two words; 3 unused | the slice's words
 //! ```
 //!
@@ -23,10 +23,11 @@
 //! (`Inner::rewrite_metadata`), and so is the data to which the copies lead (`restore`): an entry that is durable must not lead to data that is not,
 //! least of all where the data was copied from what had been durable for long.
 //!
-//! Who changes an entry holds a [`Ticket`], got before anything else is locked, so that there is a slot when it is needed.
+//! Who changes an entry holds a [`Ticket`], got before anything else is locked, so that there is a slot when it is needed. Memory begins with a few
+//! slots and gets more as they are wanted, since most images want no more, and room for all of them has its price where files lie in memory.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::future::join_all;
@@ -47,6 +48,8 @@ use super::{Inner, Qcow2};
 
 /// What the first word says.
 const KIND: u64 = u64::from_be_bytes(*b"qcow2 l2");
+/// Which word says for how many slots there is room.
+const SLOTS: usize = 2;
 const HEADER_WORDS: usize = 8;
 const SLOT_HEADER_WORDS: usize = 8;
 const IN_USE: usize = 0;
@@ -55,8 +58,11 @@ const REDO: usize = 2;
 const REDO_WORDS: usize = 3;
 /// Where the number of the memory is among the autoclear feature bits.
 pub(super) const KEPT_SHIFT: u32 = 32;
-/// Bytes of slices for which there is room.
+/// Bytes of slices for which there can be room.
 const CAPACITY_BYTES: usize = 8 << 20;
+/// Slots that there is room for at first, and how many are added at most at a time.
+const FIRST_SLOTS: usize = 32;
+const MOST_ADDED: usize = 256;
 /// Clusters that are read and written once more at a time: they may have 2 MiB each.
 const REWRITTEN_AT_ONCE: usize = 8;
 
@@ -68,9 +74,10 @@ pub(super) struct Unwritten {
     number: u32,
     memory: Arc<dyn KeptMemory>,
     slice_words: usize,
-    capacity: usize,
     slots: Mutex<Slots>,
     available: WaitQueue,
+    /// That there is no room for more has been told.
+    has_told: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -78,6 +85,78 @@ struct Slots {
     free: Vec<u32>,
     /// Free slots that somebody has been promised.
     promised: usize,
+    /// For how many there is room, and for how many there can be.
+    there: usize,
+    capacity: usize,
+    /// Room is being made for more.
+    is_growing: bool,
+    /// There was no room for more. It is tried again once none is in use.
+    is_full: bool,
+}
+
+impl Slots {
+    fn new(there: usize, capacity: usize) -> Self {
+        let mut slots = Self { free: Vec::new(), promised: 0, there: 0, capacity, is_growing: false, is_full: false };
+        slots.grow(there);
+        slots
+    }
+
+    /// There is room for so many. The lowest are used first: what is used again and again is little.
+    fn grow(&mut self, there: usize) {
+        let number = |slot| u32::try_from(slot).expect("less than 2^20 slots");
+        self.free.splice(..0, (number(self.there)..number(there)).rev());
+        self.there = there;
+    }
+
+    /// Whether a write-back would set slots free.
+    fn is_used(&self) -> bool {
+        self.free.len() < self.there
+    }
+}
+
+/// What somebody does who wants to change an entry.
+#[derive(Debug)]
+enum Step {
+    Change(Ticket),
+    Grow(Growth),
+    WriteBack,
+}
+
+/// Room is made for so many slots, by nobody else until this is dropped.
+#[derive(Debug)]
+struct Growth {
+    unwritten: Arc<Unwritten>,
+    there: usize,
+}
+
+impl Growth {
+    async fn grow(self) {
+        let Unwritten { memory, slice_words, .. } = &*self.unwritten;
+        let made = Arc::clone(memory).make_room(Unwritten::words(*slice_words, self.there)).await;
+        if made.is_ok() {
+            // Zeros are slots that are not in use.
+            memory.words()[SLOTS].store(self.there as u64, Ordering::Release);
+        }
+        let mut slots = self.unwritten.slots();
+        match made {
+            Ok(()) => slots.grow(self.there),
+            Err(cause) => {
+                slots.is_full = true;
+                let Unwritten { owner, has_told, .. } = &*self.unwritten;
+                if !has_told.swap(true, Ordering::Relaxed) {
+                    let slots = slots.there;
+                    tracing::warn!(event = "kept_memory_not_grown", image = ?owner, slots, %cause, "the image is written back more often");
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Growth {
+    fn drop(&mut self) {
+        self.unwritten.slots().is_growing = false;
+        self.unwritten.available.notify_all();
+    }
 }
 
 /// The right to a slot. Given back when dropped.
@@ -116,15 +195,28 @@ impl Unwritten {
     /// Room for slices of so many words, none in use.
     pub(super) fn create(keeper: Arc<dyn MemoryKeeper>, owner: FileIdentity, slice_words: usize) -> std::io::Result<Arc<Self>> {
         let capacity = CAPACITY_BYTES / (slice_words * 8);
-        let (number, memory) = keeper.create(owner, HEADER_WORDS + capacity * slot_words(slice_words))?;
+        let there = capacity.min(FIRST_SLOTS);
+        let (number, memory) = keeper.create(owner, Self::words(slice_words, capacity), Self::words(slice_words, there))?;
         let words = memory.words();
         words[1].store(slice_words as u64, Ordering::Relaxed);
-        words[2].store(capacity as u64, Ordering::Relaxed);
+        words[SLOTS].store(there as u64, Ordering::Relaxed);
         words[0].store(KIND, Ordering::Release);
-        let last = u32::try_from(capacity).expect("less than 2^20 slots");
-        // The lowest first: what is used again and again is little.
-        let slots = Mutex::new(Slots { free: (0..last).rev().collect(), promised: 0 });
-        Ok(Arc::new(Self { keeper, owner, number, memory, slice_words, capacity, slots, available: WaitQueue::new() }))
+        let slots = Mutex::new(Slots::new(there, capacity));
+        Ok(Arc::new(Self {
+            keeper,
+            owner,
+            number,
+            memory,
+            slice_words,
+            slots,
+            available: WaitQueue::new(),
+            has_told: AtomicBool::new(false),
+        }))
+    }
+
+    /// Words of memory with so many slots.
+    fn words(slice_words: usize, slots: usize) -> usize {
+        HEADER_WORDS + slots * slot_words(slice_words)
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -136,29 +228,38 @@ impl Unwritten {
         &self.memory.words()[HEADER_WORDS + slot as usize * len..][..len]
     }
 
-    fn try_promise(self: &Arc<Self>) -> Option<Ticket> {
+    /// What who wants to change an entry does now: waits, if it is nothing.
+    fn step(self: &Arc<Self>) -> Option<Step> {
         let mut slots = self.slots();
-        if slots.promised >= slots.free.len() {
-            return None;
+        if slots.promised < slots.free.len() {
+            slots.promised += 1;
+            Some(Step::Change(Ticket(Some(Arc::clone(self)))))
+        } else if slots.is_growing {
+            None
+        } else if slots.there < slots.capacity && !slots.is_full {
+            slots.is_growing = true;
+            let there = slots.capacity.min(slots.there + slots.there.min(MOST_ADDED));
+            Some(Step::Grow(Growth { unwritten: Arc::clone(self), there }))
+        } else {
+            // Those that are promised to others will be used or given back.
+            slots.is_used().then_some(Step::WriteBack)
         }
-        slots.promised += 1;
-        Some(Ticket(Some(Arc::clone(self))))
-    }
-
-    /// Whether a write-back would set slots free.
-    fn is_used(&self) -> bool {
-        self.slots().free.len() < self.capacity
     }
 
     /// Copies a whole slice.
     pub(super) fn put(&self, mut ticket: Ticket, key: SliceKey, words: &[u64]) -> u32 {
-        let slot = {
+        let (slot, is_first) = {
             let mut slots = self.slots();
             if ticket.0.take().is_some() {
                 slots.promised -= 1;
             }
-            slots.free.pop().expect("every change has a ticket")
+            let is_first = !slots.is_used();
+            (slots.free.pop().expect("every change has a ticket"), is_first)
         };
+        if is_first {
+            // A write-back helps those now who have found everything promised and nothing used.
+            self.available.notify_all();
+        }
         let place = self.slot(slot);
         for (place, &word) in place[SLOT_HEADER_WORDS..].iter().zip(words) {
             place.store(word, Ordering::Relaxed);
@@ -184,7 +285,11 @@ impl Unwritten {
     /// The file has the slice.
     pub(super) fn release(&self, slot: u32) {
         self.slot(slot)[IN_USE].store(0, Ordering::Release);
-        self.slots().free.push(slot);
+        {
+            let mut slots = self.slots();
+            slots.free.push(slot);
+            slots.is_full &= slots.is_used();
+        }
         self.available.notify_all();
     }
 
@@ -195,6 +300,7 @@ impl Unwritten {
     pub(super) fn left(memory: &dyn KeptMemory, slice_words: usize) -> Result<Vec<LeftSlice>, &'static str> {
         let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
         let Some((header, slots)) = memory.words().split_at_checked(HEADER_WORDS) else { return Err("it is too short") };
+        let there = usize::try_from(word(&header[SLOTS])).map_err(|_| "it has too many slots")?;
         if word(&header[0]) == 0 {
             // Its maker did not get so far as to use it.
             return Ok(Vec::new());
@@ -203,7 +309,7 @@ impl Unwritten {
             return Err("it was made for something else");
         }
         let mut left = Vec::new();
-        for slot in slots.chunks_exact(slot_words(slice_words)).filter(|slot| word(&slot[IN_USE]) == 1) {
+        for slot in slots.chunks_exact(slot_words(slice_words)).take(there).filter(|slot| word(&slot[IN_USE]) == 1) {
             let key = word(&slot[KEY]);
             let mut words: Vec<u64> = slot[SLOT_HEADER_WORDS..].iter().map(word).collect();
             if let Some(at) = word(&slot[REDO]).checked_sub(1) {
@@ -265,17 +371,10 @@ impl<E: Environment> Inner<E> {
     pub(super) async fn ticket(&self) -> Result<Ticket, LayerError> {
         let Some(unwritten) = self.unwritten.load_full() else { return Ok(Ticket::default()) };
         loop {
-            let ticket = unwritten
-                .available
-                .wait_until(|| match unwritten.try_promise() {
-                    Some(ticket) => Some(Some(ticket)),
-                    // Those that are promised to others will be used or given back.
-                    None => unwritten.is_used().then_some(None),
-                })
-                .await;
-            match ticket {
-                Some(ticket) => return Ok(ticket),
-                None => self.write_back().await?,
+            match unwritten.available.wait_until(|| unwritten.step()).await {
+                Step::Change(ticket) => return Ok(ticket),
+                Step::Grow(growth) => growth.grow().await,
+                Step::WriteBack => self.write_back().await?,
             }
         }
     }
@@ -466,6 +565,8 @@ impl<E: Environment> Inner<E> {
 mod tests {
     use std::path::Path;
 
+    use futures_util::FutureExt as _;
+
     use super::*;
     use crate::extent::{Extent, ExtentList};
     use crate::qcow2::testing::{SIMULATED_IMAGE, SimulatedImage, with_image, write};
@@ -482,6 +583,11 @@ mod tests {
         SliceKey { l1_index: 3, slice }
     }
 
+    fn promised(unwritten: &Arc<Unwritten>) -> Ticket {
+        let Some(Step::Change(ticket)) = unwritten.step() else { panic!("no slot is free") };
+        ticket
+    }
+
     fn left(unwritten: &Unwritten) -> Vec<LeftSlice> {
         Unwritten::left(&*unwritten.memory, WORDS).expect("made for it")
     }
@@ -491,8 +597,8 @@ mod tests {
         let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
         let unwritten = Unwritten::create(Arc::clone(&keeper), OWNER, WORDS).expect("room");
         let found = keeper.find(unwritten.number).expect("no error").expect("just made");
-        assert_eq!(found.words().len(), HEADER_WORDS + unwritten.capacity * slot_words(WORDS), "each slot has its place");
-        let (first, second) = (unwritten.try_promise().expect("room"), unwritten.try_promise().expect("room"));
+        assert_eq!(found.words().len(), HEADER_WORDS + CAPACITY_BYTES / (WORDS * 8) * slot_words(WORDS), "each slot has its place");
+        let (first, second) = (promised(&unwritten), promised(&unwritten));
         let slot = unwritten.put(first, key(1), &[1; WORDS]);
         let other = unwritten.put(second, key(2), &[2; WORDS]);
         unwritten.change(slot, 3, &[7]);
@@ -515,7 +621,7 @@ mod tests {
     fn entries_of_two_words_are_found_whole() {
         let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
         let unwritten = Unwritten::create(keeper, OWNER, WORDS).expect("room");
-        let slot = unwritten.put(unwritten.try_promise().expect("room"), key(0), &[1; WORDS]);
+        let slot = unwritten.put(promised(&unwritten), key(0), &[1; WORDS]);
         // Ended between the two stores of an entry.
         let place = unwritten.slot(slot);
         announce(place, 6, &[5, 6]);
@@ -686,9 +792,9 @@ mod tests {
             for slice in 0..2 {
                 write(&image, slice << 29, 4096).await;
             }
-            assert_eq!((slices_left(&image), unwritten.is_used()), (2, true));
+            assert_eq!((slices_left(&image), unwritten.slots().is_used()), (2, true));
             image.flush().await.expect("sound");
-            assert_eq!((slices_left(&image), unwritten.is_used()), (0, false));
+            assert_eq!((slices_left(&image), unwritten.slots().is_used()), (0, false));
             image.freeze(async {}).await.expect("sound");
             assert!(image.inner.unwritten.load().is_none() && image.inner.header().kept_number() == 0);
             assert!(keeper.find(unwritten.number).expect("no error").is_none());
@@ -744,13 +850,73 @@ mod tests {
     fn slots_are_promised_once() {
         let keeper: Arc<dyn MemoryKeeper> = Arc::new(TestKeeper::default());
         let unwritten = Unwritten::create(keeper, OWNER, CAPACITY_BYTES / 8 / 2).expect("room");
-        assert_eq!(unwritten.capacity, 2);
-        let mut tickets: Vec<_> = (0..2).map(|_| unwritten.try_promise().expect("room")).collect();
-        assert!(unwritten.try_promise().is_none() && !unwritten.is_used());
+        let mut tickets: Vec<_> = (0..2).map(|_| promised(&unwritten)).collect();
+        assert!(unwritten.step().is_none() && !unwritten.slots().is_used());
         drop(tickets.pop());
-        let slot = unwritten.put(unwritten.try_promise().expect("one was given back"), key(0), &[]);
-        assert!(unwritten.is_used() && unwritten.try_promise().is_none());
+        let slot = unwritten.put(promised(&unwritten), key(0), &[]);
+        assert!(matches!(unwritten.step(), Some(Step::WriteBack)));
         unwritten.release(slot);
-        assert!(unwritten.try_promise().is_some());
+        promised(&unwritten);
+    }
+
+    #[test]
+    fn room_is_made_for_more_slots_until_there_is_none() {
+        let keeper = Arc::new(TestKeeper::default());
+        // One page for each slot and its header.
+        let slice_words = 512 - SLOT_HEADER_WORDS;
+        keeper.limit(Unwritten::words(slice_words, FIRST_SLOTS) - 1);
+        Unwritten::create(Arc::clone(&keeper) as Arc<dyn MemoryKeeper>, OWNER, slice_words).expect_err("too little for the first");
+        keeper.limit(Unwritten::words(slice_words, FIRST_SLOTS * 8));
+        Simulation::on(SimulatedEnvironment::new(33)).block_on(async move {
+            let unwritten = Unwritten::create(Arc::clone(&keeper) as Arc<dyn MemoryKeeper>, OWNER, slice_words).expect("room");
+            let says = || unwritten.memory.words()[SLOTS].load(Ordering::Relaxed) as usize;
+            let growth = || match unwritten.step() {
+                Some(Step::Grow(growth)) => growth,
+                other => panic!("it can grow: {other:?}"),
+            };
+            let mut sizes = vec![0];
+            while unwritten.slots().there > sizes[sizes.len() - 1] {
+                let there = says();
+                for number in sizes[sizes.len() - 1]..there {
+                    assert_eq!(unwritten.put(promised(&unwritten), key(0), &[number as u64]) as usize, number, "the lowest first");
+                }
+                sizes.push(there);
+                let first = growth();
+                assert!(unwritten.step().is_none(), "others wait");
+                drop(first);
+                assert!(growth().grow().now_or_never().is_none(), "given up in the midst of it, and others want it as well");
+                growth().grow().await;
+            }
+            assert_eq!((sizes, says()), (vec![0, 32, 64, 128, 256], 256), "512 do not fit");
+            assert!(matches!(unwritten.step(), Some(Step::WriteBack)), "it is not tried again at once");
+            let found = Unwritten::left(&*unwritten.memory, slice_words).expect("made for it");
+            assert!(found.iter().map(|slice| slice.words[0]).eq(0..256));
+            (0..256).for_each(|slot| unwritten.release(slot));
+            keeper.limit(usize::MAX);
+            for _ in 0..256 {
+                unwritten.put(promised(&unwritten), key(0), &[7]);
+            }
+            growth().grow().await;
+            assert_eq!(says(), 512, "there is room again");
+            unwritten.memory.words()[SLOTS].store(255, Ordering::Relaxed);
+            let found = Unwritten::left(&*unwritten.memory, slice_words).expect("made for it");
+            assert_eq!(found.len(), 255, "none that there is no room for");
+        });
+    }
+
+    /// All slots are promised to some of them and none is used, so the others wait for what these do.
+    #[test]
+    fn writes_together_go_on_without_room_for_all_of_them() {
+        let keeper = Arc::new(TestKeeper::default());
+        let disk = SimulatedEnvironment::new(34);
+        Simulation::on(disk.clone()).block_on(async move {
+            let options = CreateOptions { cluster_bits: 12, ..CreateOptions::standalone(8 << 30) };
+            let image = create(&disk, &(Arc::clone(&keeper) as Arc<dyn MemoryKeeper>), &options, false).await;
+            keeper.limit(0);
+            for round in 0..3 {
+                join_all((0..FIRST_SLOTS as u64 * 2).map(|slice| write(&image, slice << 21 | round << 12, 4096))).await;
+            }
+            assert!(slices_left(&image) <= FIRST_SLOTS);
+        });
     }
 }

@@ -9,11 +9,14 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, slice};
 
+use futures_util::future::LocalBoxFuture;
 use rustix::mm::{self, MapFlags, ProtFlags};
+
+use crate::runtime::next_turn;
 
 use super::simulated::SimulatedEnvironment;
 use super::{FileIdentity, Storage};
@@ -50,18 +53,24 @@ pub struct Failure {
 
 /// Words that keep their values when the process ends, whatever ends it. One process uses them at a time.
 pub trait KeptMemory: Debug + Send + Sync {
-    /// The words.
+    /// As many words as there can be. Those that no room was made for are not accessed: that might end the process.
     fn words(&self) -> &[AtomicU64];
+
+    /// Makes room for the first `words`, which are there without fail afterwards; the new ones are zeros. It goes on if the future is dropped.
+    ///
+    /// # Errors
+    /// If there is no room. Then there is what there was.
+    fn make_room(self: Arc<Self>, words: usize) -> LocalBoxFuture<'static, io::Result<()>>;
 }
 
 /// Makes kept memory, and finds it again by its number.
 pub trait MemoryKeeper: Debug + Send + Sync {
-    /// New memory of `words` zeros for the file `owner`, which are there without fail when they are accessed, and its number: not zero, and not
-    /// that of other memory since the machine was started.
+    /// New memory of at most `words` for the file `owner`, and its number: not zero, and not that of other memory since the machine was started. There
+    /// is room for the first `room` of them, all zeros.
     ///
     /// # Errors
     /// If there is no room.
-    fn create(&self, owner: FileIdentity, words: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)>;
+    fn create(&self, owner: FileIdentity, words: usize, room: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)>;
 
     /// The memory with this number, if there is such since the machine was started.
     ///
@@ -83,11 +92,19 @@ pub trait MemoryKeeper: Debug + Send + Sync {
 }
 
 /// A keeper for tests: what it keeps outlives whatever the test takes for a process.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct TestKeeper {
     kept: Mutex<Kept>,
+    /// Most words that room is made for.
+    limit: Arc<AtomicUsize>,
     /// The environment of the present process.
     process: Mutex<Option<SimulatedEnvironment>>,
+}
+
+impl Default for TestKeeper {
+    fn default() -> Self {
+        Self { kept: Mutex::default(), limit: Arc::new(usize::MAX.into()), process: Mutex::default() }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -102,6 +119,7 @@ struct Kept {
 struct Words {
     start: NonNull<AtomicU64>,
     count: usize,
+    limit: Arc<AtomicUsize>,
 }
 
 // SAFETY: the memory belongs to this value alone, and is reached through atomic words only.
@@ -110,11 +128,11 @@ unsafe impl Send for Words {}
 unsafe impl Sync for Words {}
 
 impl Words {
-    fn new(count: usize) -> io::Result<Self> {
+    fn new(count: usize, limit: Arc<AtomicUsize>) -> io::Result<Self> {
         let bytes = count.checked_mul(size_of::<AtomicU64>()).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
         let start = unsafe { mm::mmap_anonymous(ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }?;
-        Ok(Self { start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?, count })
+        Ok(Self { start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?, count, limit })
     }
 }
 
@@ -131,6 +149,14 @@ impl KeptMemory for Words {
         // SAFETY: so many words are mapped as long as this value is, aligned to a page, and zeros are valid words.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.count) }
     }
+
+    fn make_room(self: Arc<Self>, words: usize) -> LocalBoxFuture<'static, io::Result<()>> {
+        let is_there = words <= self.limit.load(Ordering::Relaxed);
+        Box::pin(async move {
+            next_turn().await;
+            if is_there { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) }
+        })
+    }
 }
 
 impl TestKeeper {
@@ -142,6 +168,11 @@ impl TestKeeper {
     /// those of a process that is killed are not.
     pub fn begin_process(&self, environment: &SimulatedEnvironment) {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).replace(environment.clone());
+    }
+
+    /// Memory gets room for so many words and no more.
+    pub fn limit(&self, words: usize) {
+        self.limit.store(words, Ordering::Relaxed);
     }
 
     /// The machine stops.
@@ -158,8 +189,11 @@ impl TestKeeper {
 }
 
 impl MemoryKeeper for TestKeeper {
-    fn create(&self, owner: FileIdentity, words: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
-        let memory = Arc::new(Words::new(words)?);
+    fn create(&self, owner: FileIdentity, words: usize, room: usize) -> io::Result<(u32, Arc<dyn KeptMemory>)> {
+        if room > self.limit.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let memory = Arc::new(Words::new(words, Arc::clone(&self.limit))?);
         let mut kept = self.kept();
         kept.last_number += 1;
         let number = kept.last_number;
