@@ -1,14 +1,14 @@
 //! One device: its options, its layers, and how it is described to people.
 
 use std::cell::{Cell, RefCell};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use snapfence::protocol::{
     self, BlockDeviceIoStatus, BlockNode, BlockNodeCache, BlockNodeImage, DeviceInfo, DeviceState, LayerInfo, LayerState, StackInfo,
 };
-use snapfence_image_format::chain::ChainLayer;
+use snapfence_image_format::chain::{AllowedDirectories, ChainLayer};
 use snapfence_image_format::layer::Layer;
 use snapfence_image_format::stack::Stack;
 use snapfence_image_format::storage::{CacheMode, Environment, FileIdentity};
@@ -38,6 +38,9 @@ pub struct Device<E: Environment, H: Host<E>> {
     /// A snapshot of it is under way.
     pub(crate) in_snapshot: Cell<bool>,
     pub(crate) sizes: Rc<Sizes>,
+    /// Where names inside its images may lead, and overlays on them: by the layers that were recorded when it was opened and the image asked for.
+    /// All others lie there, so none of them adds to it.
+    pub(crate) allowed: AllowedDirectories,
 }
 
 /// One layer and what is known of it beside what the stack knows.
@@ -112,11 +115,6 @@ impl<E: Environment, H: Host<E>> Device<E, H> {
             node_name.clone_into(&mut found.node_name);
         }
         self.top_node.rename(&self.top().node_name);
-    }
-
-    /// The paths of all layers, base first.
-    pub(crate) fn paths(&self) -> Vec<PathBuf> {
-        self.layers.borrow().iter().map(|layer| layer.record.path.clone()).collect()
     }
 
     /// What the admission of snapshots asks.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use snapfence::protocol::{Failure, LayerState};
-use snapfence_image_format::chain::{self, ChainError, ChainLayer, ChainOptions, Format, NameError, Protection};
+use snapfence_image_format::chain::{self, AllowedDirectories, ChainError, ChainLayer, ChainOptions, Format, NameError, Protection};
 use snapfence_image_format::stack::{MAX_LAYERS, Stack};
 use snapfence_image_format::storage::{Environment, FileIdentity, Location};
 
@@ -246,7 +246,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 Ok((store.device(&name)?, frozen))
             })
             .await?;
-        let layers = self.open_layers(&options, location, record.as_ref()).await?;
+        let (layers, allowed) = self.open_layers(&options, location, record.as_ref()).await?;
         let read_only = options.read_only;
         let stack = Stack::new(
             self.environment.clone(),
@@ -302,6 +302,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             leaving: Cell::new(false),
             in_snapshot: Cell::new(false),
             sizes: Rc::default(),
+            allowed,
         });
         if let Err(error) = self.record_device(&device, record).await {
             // What is reported is the first failure.
@@ -343,13 +344,13 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
         Ok(reservation)
     }
 
-    /// Opens the recorded stack if there is one, else the image at `asked` with what lies beneath it.
+    /// Opens the recorded stack if there is one, else the image at `asked` with what lies beneath it. Answers where names inside them may lead as well.
     async fn open_layers(
         &self,
         options: &DeviceOptions,
         asked: Location,
         record: Option<&DeviceRecord>,
-    ) -> Result<Vec<ChainLayer<E>>, DeviceOpenCause> {
+    ) -> Result<(Vec<ChainLayer<E>>, AllowedDirectories), DeviceOpenCause> {
         let (top, location) = match record.and_then(|record| Some((record, record.top()?))) {
             None => (LayerRecord { path: options.image.clone(), format: options.format }, asked),
             Some((record, top)) => {
@@ -394,7 +395,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
                 layers = layers.len(), "the catalogue says that another layer is on top of the image"
             );
         }
-        Ok(layers)
+        Ok((layers, allowed))
     }
 
     /// Whether the image asked for is one of the recorded layers.

@@ -269,7 +269,7 @@ impl<E: Environment, H: Host<E>> Manager<E, H> {
             record: old.record.clone(),
             identity: old.identity,
             virtual_size: device.stack.virtual_size(),
-            allowed: self.allowed_around(device.paths()).await.map_err(unusable)?,
+            allowed: device.allowed.clone(),
             cache: device.options.cache,
         };
         let serving = |identity| self.device_with_layer(identity);
