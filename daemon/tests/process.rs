@@ -27,6 +27,25 @@ fn take_snapshot(daemon: &Daemon, name: &str) {
 }
 
 #[test]
+fn threads_for_which_guests_wait_go_before_the_others() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let own = rustix::process::getpriority_process(None).expect("a priority");
+    let daemon = Daemon::start(directory.path(), &[device(directory.path(), "vda")]);
+    // It makes the threads that blocking work runs on.
+    take_snapshot(&daemon, "s1");
+    let others = (own + 10).min(19);
+    let (mut served, mut behind) = (0, 0);
+    for (name, niceness) in daemon.niceness().into_iter().filter(|(name, _)| !name.starts_with("iou-")) {
+        let goes_first = ["queues 0", "fences", "signals", "foreground"].contains(&name.as_str());
+        assert_eq!(niceness, if goes_first { own } else { others }, "{name}");
+        served += usize::from(name == "queues 0");
+        behind += usize::from(["snapfenced", "catalogue", "offload"].contains(&name.as_str()));
+    }
+    assert!(served == 1 && behind >= 3, "{:?}", daemon.niceness());
+    daemon.stop();
+}
+
+#[test]
 fn a_log_that_cannot_be_written_stops_nothing() {
     let nobody_reads = || Stdio::from(std::io::pipe().expect("a pipe").1);
     let full_disk = || Stdio::from(std::fs::File::options().write(true).open("/dev/full").expect("a device"));

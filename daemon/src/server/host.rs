@@ -15,6 +15,7 @@ use snapfence_image_format::runtime::{offload, offload_apart};
 use snapfence_image_format::stack::{FenceDomain, Stack};
 use snapfence_image_format::storage::uring::UringEnvironment;
 
+use super::priority::Foreground;
 use super::workers::{Assignment, Workers};
 use crate::connection::{ConnectionEvent, Listening, Server};
 use crate::device::{self, Device};
@@ -42,14 +43,14 @@ pub struct VhostExport {
 }
 
 impl VhostHost {
-    /// A host with at most `threads` queue threads, which spend waits of up to `polling` looking for work. It keeps what guests have chosen in the
+    /// A host with at most `threads` queue threads, made by `foreground`, which spend waits of up to `polling` looking for work. It keeps what guests have chosen in the
     /// directory `choices`.
     ///
     /// # Errors
     /// If that cannot be made.
-    pub fn new(threads: usize, polling: Duration, choices: PathBuf) -> io::Result<Self> {
+    pub(super) fn new(foreground: Rc<Foreground>, threads: usize, polling: Duration, choices: PathBuf) -> io::Result<Self> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&choices)?;
-        Ok(Self { workers: Rc::new(RefCell::new(Workers::new(threads, polling))), choices })
+        Ok(Self { workers: Rc::new(RefCell::new(Workers::new(foreground, threads, polling))), choices })
     }
 }
 

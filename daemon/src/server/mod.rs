@@ -2,10 +2,11 @@
 //!
 //! The control thread runs the [`Manager`] and everything that is not a request of a guest: one reactor, on the process's first thread. Beside it
 //! there are the queue threads (`workers`), an accepting and a message thread per device, the control socket's threads, the catalogue's, and one
-//! that lets fences expire in time whatever holds up the control thread.
+//! that lets fences expire in time whatever holds up the control thread. Those for which guests wait go first (`priority`).
 
 mod host;
 mod inbox;
+mod priority;
 mod stop;
 mod workers;
 
@@ -23,6 +24,7 @@ use snapfence_image_format::storage::kept::MemoryKeeper;
 use snapfence_image_format::storage::uring::{Reactor, UringEnvironment};
 
 use self::inbox::Inbox;
+use self::priority::Foreground;
 use self::stop::StopRequest;
 use crate::catalogue::Catalogue;
 use crate::control::{self, Events, ServerOptions};
@@ -44,6 +46,8 @@ type Daemon = Rc<Manager<UringEnvironment, VhostHost>>;
 pub fn run(options: Options) -> anyhow::Result<()> {
     let stop = StopRequest::new();
     stop.follow_signals().context("cannot handle signals")?;
+    let foreground = Rc::new(Foreground::new().context("cannot start a thread that makes queue threads")?);
+    priority::step_back();
     raise_file_limit();
     let working_directory = std::env::current_dir().context("the working directory cannot be used")?;
     let places =
@@ -60,15 +64,16 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let quit = Arc::clone(&stop);
     let choices = options.state_dir.join("write-through");
-    let host = VhostHost::new(threads, options.polling, choices).context("the state directory cannot keep what guests choose")?;
+    let host = VhostHost::new(Rc::clone(&foreground), threads, options.polling, choices)
+        .context("the state directory cannot keep what guests choose")?;
     let keeper = Arc::new(keeper);
     let kept = Arc::clone(&keeper) as Arc<dyn MemoryKeeper>;
     let parts = Parts { environment: UringEnvironment, host, catalogue: catalogue.clone(), keeper: kept, working_directory, places };
     let served = reactor.block_on(async move {
         let manager = Manager::new(parts, sink, move || quit.ask("the control socket"));
         let fences = manager.fences();
-        let watching = std::thread::Builder::new().name("fences".to_owned()).spawn(move || fences.expire_overdue());
-        watching.context("cannot start a thread for deadlines")?;
+        let watch = move || std::thread::Builder::new().name("fences".to_owned()).spawn(move || fences.expire_overdue());
+        foreground.run(watch).flatten().context("cannot start a thread for deadlines")?;
         let outcome = match start(&manager, options, events).await {
             Ok((server, inbox)) => serve(&manager, server, &inbox, &stop).await,
             Err(error) => {

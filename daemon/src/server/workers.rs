@@ -1,12 +1,14 @@
 //! The queue threads, shared by all devices.
 
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use snapfence_image_format::stack::FenceDomain;
 use snapfence_image_format::storage::uring::UringEnvironment;
 
+use super::priority::Foreground;
 use crate::worker::{WorkerHandle, WorkerThread};
 
 /// Submissions that the ring of a queue thread takes at a time.
@@ -16,6 +18,7 @@ const RING_ENTRIES: u32 = 128;
 /// take one more.
 #[derive(Debug)]
 pub(super) struct Workers {
+    foreground: Rc<Foreground>,
     threads: Vec<Member>,
     limit: usize,
     /// Longest wait that each spends looking for work.
@@ -33,9 +36,9 @@ struct Member {
 pub(super) struct Assignment(Vec<usize>);
 
 impl Workers {
-    /// No threads, and at most `limit` of them later, which spend waits of up to `polling` looking for work.
-    pub(super) fn new(limit: usize, polling: Duration) -> Self {
-        Self { threads: Vec::new(), limit: limit.max(1), polling }
+    /// No threads, and at most `limit` of them later, made by `foreground`, which spend waits of up to `polling` looking for work.
+    pub(super) fn new(foreground: Rc<Foreground>, limit: usize, polling: Duration) -> Self {
+        Self { foreground, threads: Vec::new(), limit: limit.max(1), polling }
     }
 
     /// A thread for each of `queues` queues.
@@ -77,8 +80,9 @@ impl Workers {
         match least {
             Some(index) if self.threads[index].queues == 0 || self.threads.len() >= self.limit => Ok(index),
             _ => {
-                let name = format!("queues {}", self.threads.len());
-                self.threads.push(Member { thread: WorkerThread::spawn(name, RING_ENTRIES, self.polling, domain)?, queues: 0 });
+                let (name, polling, domain) = (format!("queues {}", self.threads.len()), self.polling, Arc::clone(domain));
+                let thread = self.foreground.run(move || WorkerThread::spawn(name, RING_ENTRIES, polling, &domain)).flatten()?;
+                self.threads.push(Member { thread, queues: 0 });
                 Ok(self.threads.len() - 1)
             }
         }
@@ -92,7 +96,8 @@ mod tests {
     #[test]
     fn queues_are_spread_over_a_limited_number_of_threads() {
         let domain = FenceDomain::new(|| Duration::ZERO);
-        let mut workers = Workers::new(3, Duration::ZERO);
+        let foreground = Rc::new(Foreground::new().expect("a thread"));
+        let mut workers = Workers::new(foreground, 3, Duration::ZERO);
         let (first, handles) = workers.assign(2, &domain).expect("threads");
         assert_eq!((first.0.clone(), handles.len()), (vec![0, 1], 2));
         let (second, _) = workers.assign(4, &domain).expect("threads");

@@ -104,6 +104,20 @@ impl Daemon {
         names.filter(|name| !name.starts_with("iou-")).count()
     }
 
+    /// Name and niceness of each thread, the kernel's with the number of the thread that they work for.
+    pub(crate) fn niceness(&self) -> Vec<(String, i32)> {
+        let tasks = std::fs::read_dir(self.proc("task")).expect("a living process");
+        // A thread may have ended meanwhile.
+        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        stats
+            .map(|stat| {
+                // proc_pid_stat(5): the name in parentheses, then the fields from the third on.
+                let (name, fields) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(") ")).expect("a name");
+                (name.to_owned(), fields.split(' ').nth(16).expect("niceness").parse().expect("a number"))
+            })
+            .collect()
+    }
+
     /// Those and the kernel's, as a limit counts them.
     pub(crate) fn all_threads(&self) -> usize {
         std::fs::read_dir(self.proc("task")).expect("a living process").count()
