@@ -110,6 +110,23 @@ impl<E: Environment> Layer<E> {
         }
     }
 
+    /// Lets go of what was read of the tables for `range` and nothing else: whoever calls this remembers what [`map`](Self::map) has said.
+    pub(crate) fn forget(&self, range: GuestRange) {
+        match self {
+            Self::Raw(_) => {}
+            Self::Qcow2(image) => image.forget(range),
+        }
+    }
+
+    /// How many parts of its tables are in memory.
+    #[cfg(test)]
+    pub(crate) fn tables_in_memory(&self) -> usize {
+        match self {
+            Self::Raw(_) => 0,
+            Self::Qcow2(image) => image.slices_in_memory(),
+        }
+    }
+
     /// The decompressed bytes of the whole cluster around `at`, and the cluster's range. `None` if it is not compressed: between
     /// [`map`](Self::map) and this call somebody may have written it anew.
     ///

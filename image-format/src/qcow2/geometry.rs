@@ -188,6 +188,12 @@ impl Geometry {
         (key, usize::try_from(entry).expect("a slice has at most 512 entries"))
     }
 
+    /// What a slice maps.
+    pub(super) fn mapped_by(&self, key: SliceKey) -> GuestRange {
+        let start = u64::from(key.l1_index) * self.table_reach() + u64::from(key.slice) * self.slice_reach();
+        GuestRange::new(GuestOffset::new(start), self.slice_reach())
+    }
+
     /// The host cluster around `at`.
     pub(super) fn host_cluster(&self, at: HostOffset) -> HostCluster {
         HostCluster(at.get() >> self.cluster_bits)

@@ -136,6 +136,19 @@ impl SliceCache {
         }
     }
 
+    /// Drops slices that `is_superfluous` says are, unless somebody holds them.
+    pub(super) fn forget(&self, is_superfluous: impl Fn(SliceKey) -> bool) {
+        for shard in &self.shards {
+            let mut slots = shard.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            slots.retain(|key, slot| slot.is_held() || !is_superfluous(*key));
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.slots.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+
     /// Bytes of one slice.
     pub(super) fn slice_len(&self) -> usize {
         self.slice_len
@@ -189,23 +202,28 @@ impl Loading<'_> {
     }
 }
 
-/// Drops slices that nobody holds: first those that have not been looked up since the last time, then any, until at most `limit` are left. Others
-/// hold a slice only through clones made under the shard's lock, so a count of one cannot grow meanwhile.
+impl Slot {
+    /// Whether somebody uses it. They hold a slice only through clones made under the shard's lock, so a count of one cannot grow meanwhile.
+    fn is_held(&self) -> bool {
+        match self {
+            Self::Loading => true,
+            Self::Ready { slice, .. } => Arc::strong_count(slice) > 1,
+        }
+    }
+}
+
+/// Drops slices that nobody holds: first those that have not been looked up since the last time, then any, until at most `limit` are left.
 fn drop_unused(slots: &mut HashMap<SliceKey, Slot>, limit: usize) {
-    let is_held = |slot: &Slot| match slot {
-        Slot::Loading => true,
-        Slot::Ready { slice, .. } => Arc::strong_count(slice) > 1,
-    };
     slots.retain(|_, slot| {
         let was_used = match slot {
             Slot::Loading => true,
             Slot::Ready { used, .. } => std::mem::take(used),
         };
-        was_used || is_held(slot)
+        was_used || slot.is_held()
     });
     let mut excess = slots.len().saturating_sub(limit);
     slots.retain(|_, slot| {
-        let goes = excess > 0 && !is_held(slot);
+        let goes = excess > 0 && !slot.is_held();
         excess -= usize::from(goes);
         !goes
     });

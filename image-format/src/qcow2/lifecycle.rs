@@ -95,8 +95,9 @@ impl<E: Environment> Qcow2<E> {
             }
         }
         inner.phase.set(Phase::ReadOnly);
-        // Of a deep chain most layers are frozen, so that what each keeps in memory counts.
+        // Of a deep chain most layers are frozen, so that what each keeps in memory counts. Who reads has a map of his own.
         inner.slices.set_budget(READ_CACHE_BYTES);
+        inner.slices.forget(|_| true);
         inner.allocator().refcounts.let_go();
         Ok(())
     }

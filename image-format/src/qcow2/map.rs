@@ -8,6 +8,7 @@ use crate::units::{GuestOffset, GuestRange};
 use super::Inner;
 use super::entry::Entry;
 use super::l2::{Slice, SliceState};
+use super::lifecycle::Phase;
 
 /// Parts of the table that are read ahead at most: a page of the chain map takes one or two.
 const PREFETCHED_SLICES: u64 = 2;
@@ -48,6 +49,16 @@ impl<E: Environment> Inner<E> {
             if self.slice(self.format.geometry.locate(part.start).0).await.is_err() {
                 return;
             }
+        }
+    }
+
+    /// Lets go of those parts of the table that map nothing outside `range`, if the file does not change any more.
+    pub(super) fn forget(&self, range: GuestRange) {
+        if self.phase.get() == Phase::ReadOnly {
+            self.slices.forget(|key| {
+                let mapped = self.format.geometry.mapped_by(key);
+                mapped.start >= range.start && mapped.end() <= range.end()
+            });
         }
     }
 

@@ -238,6 +238,15 @@ impl<E: Environment> Qcow2<E> {
         self.inner.prefetch(range).await;
     }
 
+    #[cfg(test)]
+    pub(crate) fn slices_in_memory(&self) -> usize {
+        self.inner.slices.len()
+    }
+
+    pub(crate) fn forget(&self, range: GuestRange) {
+        self.inner.forget(range);
+    }
+
     pub(crate) async fn map(&self, range: GuestRange, extents: &mut ExtentList) -> Result<(), LayerError> {
         self.inner.map(range, extents).await
     }

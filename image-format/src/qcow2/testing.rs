@@ -157,19 +157,19 @@ pub(super) fn run<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
 }
 
 /// A folder for one test, removed at its end.
-pub(super) struct Scratch(tempfile::TempDir);
+pub(crate) struct Scratch(tempfile::TempDir);
 
 impl Scratch {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(tempfile::tempdir().expect("a temporary folder"))
     }
 
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
     /// Runs `qemu-img` in the folder and expects success.
-    pub(super) fn qemu_img(&self, arguments: &[&str]) -> String {
+    pub(crate) fn qemu_img(&self, arguments: &[&str]) -> String {
         let output = Command::new("qemu-img").args(arguments).current_dir(self.0.path()).output().expect("qemu-img runs");
         let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "qemu-img {arguments:?}: {text}");

@@ -123,7 +123,7 @@ impl<E: Environment> View<E> {
         if let [only] = &self.layers[..]
             && only.mapping_unit().is_none()
         {
-            walk(&self.layers, range, &mut pieces).await?;
+            walk(&self.layers, range, None, &mut pieces).await?;
             return Ok(pieces);
         }
         loop {
@@ -133,7 +133,7 @@ impl<E: Environment> View<E> {
                 Err(Miss::NoPage(at)) => self.fill_page(at).await?,
                 Err(Miss::Unusable) => {
                     pieces.clear();
-                    walk(&self.layers, range, &mut pieces).await?;
+                    walk(&self.layers, range, None, &mut pieces).await?;
                     return Ok(pieces);
                 }
             }
@@ -148,7 +148,7 @@ impl<E: Environment> View<E> {
         let layers = self.stack().map_or_else(|| Arc::clone(&self.layers), |stack| Arc::clone(&stack.view().layers));
         let range = duty.page().range().intersection(whole_disk(self.virtual_size()));
         let mut pieces = Pieces::new();
-        walk(&layers, range, &mut pieces).await?;
+        walk(&layers, range, Some(duty.page().range()), &mut pieces).await?;
         self.map.fill(duty.page(), &pieces);
         duty.complete();
         debug_assert!(range.len <= PAGE_BYTES, "a page covers at most its own range");
@@ -156,13 +156,29 @@ impl<E: Environment> View<E> {
     }
 }
 
-/// Asks the layers from the top down where the bytes of `range` are, and appends the answer in order.
-pub(super) async fn walk<E: Environment>(layers: &[Arc<Layer<E>>], range: GuestRange, pieces: &mut Pieces) -> Result<(), LayerError> {
+/// Asks the layers from the top down where the bytes of `range` are, and appends the answer in order. Whoever remembers the answer names what he
+/// remembers all of: layers let go of tables for nothing else, unless compressed data is looked up there again. Of a deep chain, what each layer keeps
+/// in memory counts.
+pub(super) async fn walk<E: Environment>(
+    layers: &[Arc<Layer<E>>],
+    range: GuestRange,
+    remembered: Option<GuestRange>,
+    pieces: &mut Pieces,
+) -> Result<(), LayerError> {
     let mut found: Vec<Piece> = Vec::new();
     let mut open = vec![range];
+    let forget = |layer: &Layer<E>| {
+        if let Some(remembered) = remembered {
+            layer.forget(remembered);
+        }
+    };
     // More and more layers at a time, the further down what is looked for lies.
     let (mut looked_ahead, mut ahead) = (layers.len(), 1);
     for (number, layer) in layers.iter().enumerate().rev() {
+        if open.is_empty() {
+            layers[looked_ahead..=number].iter().for_each(|layer| forget(layer));
+            break;
+        }
         if number < looked_ahead {
             looked_ahead = (number + 1).saturating_sub(ahead);
             prefetch(&layers[looked_ahead..=number], &open).await;
@@ -170,7 +186,8 @@ pub(super) async fn walk<E: Environment>(layers: &[Arc<Layer<E>>], range: GuestR
         }
         let number = u16::try_from(number).expect("a stack has at most MAX_LAYERS layers");
         let disk = whole_disk(layer.virtual_size());
-        for extent in map_open(layer, disk, &open).await? {
+        let extents = map_open(layer, disk, &open).await?;
+        for extent in &extents {
             if place(extent.mapping, number).is_none() {
                 continue;
             }
@@ -178,12 +195,12 @@ pub(super) async fn walk<E: Environment>(layers: &[Arc<Layer<E>>], range: GuestR
                 found.extend(place(extent.clip(hit).mapping, number).map(|place| Piece { range: hit, place }));
             }
         }
+        if !extents.iter().any(|extent| extent.mapping == Mapping::Compressed) {
+            forget(layer);
+        }
         // Past the end of a layer that is shorter than those above nothing shows through, not even what lies deeper.
         let past = take_out(&mut open, GuestRange::between(disk.end(), range.end().max(disk.end())));
         found.extend(past.into_iter().map(|range| Piece { range, place: Place::Zero { layer: number } }));
-        if open.is_empty() {
-            break;
-        }
     }
     found.extend(open.into_iter().map(|range| Piece { range, place: Place::Zero { layer: 0 } }));
     found.sort_unstable_by_key(|piece| piece.range.start);
@@ -261,7 +278,15 @@ pub(super) fn buffer_len(range: GuestRange) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::buffer::AlignedBuffer;
+    use crate::qcow2::testing::Scratch;
+    use crate::qcow2::{CreateOptions, OpenOptions, Qcow2};
+    use crate::stack::{FenceDomain, Stack};
+    use crate::storage::simulated::{SimulatedEnvironment, Simulation};
+    use crate::storage::{Access, CacheMode, Location};
 
     fn range(start: u64, end: u64) -> GuestRange {
         GuestRange::between(GuestOffset::new(start), GuestOffset::new(end))
@@ -290,6 +315,50 @@ mod tests {
                     assert_eq!((open, hits.to_vec()), (ranges_of(flags & !covered), ranges_of(flags & covered)), "{flags:b} {start} {end}");
                 }
             }
+        }
+    }
+
+    /// Qemu's tools make the layers beneath, plain and compressed, where every read asks for the place again. All are full, so that only the one below
+    /// the top is asked; the next has been read ahead.
+    #[test]
+    fn layers_beneath_let_go_of_tables_that_the_map_makes_superfluous() {
+        for (compressed, options) in [(false, &["-f", "raw"][..]), (true, &["-c", "-f", "raw"])] {
+            let scratch = Scratch::new();
+            std::fs::write(scratch.path("raw"), vec![7; 1 << 20]).expect("space");
+            scratch.qemu_img(&[&["convert"], options, &["-O", "qcow2", "raw", "full"]].concat());
+            let full = std::fs::read(scratch.path("full")).expect("an image");
+            let disk = SimulatedEnvironment::new(35);
+            Simulation::on(disk.clone()).block_on(async move {
+                let open = async |name: &str, access, options| {
+                    let file = disk.open(&Location::Trusted(name.into()), access, CacheMode::Direct).await.expect("a file");
+                    Arc::new(Layer::Qcow2(Qcow2::open(file, options).await.expect("an image")))
+                };
+                let mut layers = Vec::new();
+                for name in ["/0", "/1", "/2"] {
+                    disk.put(name, &full);
+                    layers.push(open(name, Access::Read, OpenOptions::reading()).await);
+                }
+                let top = disk.open(&Location::Trusted("/top".into()), Access::CreateNew, CacheMode::Direct).await.expect("a new file");
+                Qcow2::<SimulatedEnvironment>::create(&top, &CreateOptions::overlay(1 << 20, "2", "qcow2")).await.expect("created");
+                drop(top);
+                layers.push(open("/top", Access::Write, OpenOptions::writing()).await);
+                let domain = FenceDomain::new(|| Duration::ZERO);
+                let buffer = || AlignedBuffer::zeroed(1 << 16);
+                let stack = Stack::new(disk.clone(), &domain, layers.clone(), false);
+                stack.view().write(GuestOffset::ZERO, buffer().into()).await.0.expect("sound");
+                let held = |layers: &[Arc<Layer<SimulatedEnvironment>>]| -> Vec<usize> {
+                    layers.iter().map(|layer| layer.tables_in_memory()).collect()
+                };
+                assert_eq!(held(&layers), [0, 0, usize::from(compressed), 1]);
+                // Another stack has nothing in its map, and finds what the top has in memory.
+                let stack = Stack::new(disk.clone(), &domain, layers.clone(), false);
+                for (at, expected) in [(0, 0), (1 << 16, 7), (1 << 19, 7)] {
+                    let (result, buffer) = stack.view().read(GuestOffset::new(at), buffer().into()).await;
+                    result.expect("sound");
+                    assert!(buffer.into_owned().iter().all(|&byte| byte == expected), "from {at}");
+                }
+                assert_eq!(held(&layers), [0, 0, usize::from(compressed), 1], "what is written to keeps its tables");
+            });
         }
     }
 }
