@@ -363,6 +363,7 @@ mod tests {
         assert_eq!([number, next, other].map(is_there), [false, false, true]);
         found.words()[0].store(1, Ordering::Relaxed);
     }
+
     #[test]
     fn memory_takes_the_room_that_is_made() {
         let directory = tempfile::tempdir().expect("a directory");

@@ -1,8 +1,9 @@
 //! Which threads go first where there are more of them than processors.
 //!
-//! Guests wait for queue threads, and for fences that expire in time; nobody's request waits for the rest, which works some milliseconds for each
-//! snapshot, in many short turns of many threads. So those run at a lower priority. A thread has that of whoever makes it, and cannot raise its own
-//! without privileges: whoever has kept the priority of the process makes those that need it.
+//! Guests wait for queue threads, and for fences that expire in time. They seldom wait for the rest, which works some milliseconds for each snapshot, in
+//! many short turns of many threads: the control thread from the switch of a group until its old views are dropped, and while it freezes a layer that a
+//! guest flushes. So the rest runs at a lower priority. A thread has that of whoever makes it, and cannot raise its own without privileges: whoever has
+//! kept the priority of the process makes those that need it.
 
 use std::io;
 use std::sync::mpsc::{self, Sender};
